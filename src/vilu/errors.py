@@ -85,9 +85,9 @@ class BusyError(ViLUError):
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return a question such as " Did you mean 'cat'?" about a similar known name, or "".
+    """Return a question about the most similar known name, such as " Did you mean 'cat'?".
 
-    ``cutoff`` is the smallest similarity, from 0 to 1.
+    Return "" if no known name has at least the similarity ``cutoff``, from 0 to 1.
     """
     similar = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" Did you mean {similar[0]!r}?" if similar else ""

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from vilu.errors import MissingModelError, UsageError
 from vilu.process import ray_cluster
 
-# Seconds to wait for a connection. Without such a connection test, the hub client would try again
-# and again for 23 s per file, and Ray for three minutes.
+# Seconds for a connection test. Without the test, the hub client would try to connect for 23 s per
+# file, and Ray for three minutes.
 CONNECT_SECONDS = 3.0
 
 
@@ -47,7 +47,7 @@ def suppress_messages() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for module, hook in SILENCING_HOOKS.items():
-                if module in sys.modules:
+                if module in sys.modules:  # no module is imported only to be silenced
                     stack.enter_context(hook)
             yield
     finally:
@@ -55,13 +55,13 @@ def suppress_messages() -> Iterator[None]:
 
 
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
-"""Whether the current thread is in a ``suppress_messages`` block."""
+"""Whether the current thread is quiet, that is, in a ``suppress_messages`` block."""
 
 
 class _QuietCategory(type):
     """Metaclass for a warning category.
 
-    In a quiet thread every warning belongs to this category, in any other thread no warning does.
+    In a quiet thread, every warning belongs to this category. In other threads, no warning does.
     """
 
     def __subclasscheck__(cls, category: type) -> bool:
@@ -161,11 +161,11 @@ HUB_CONSTANTS = "huggingface_hub.constants"
 """The hub client's module with the constant for offline use."""
 
 _is_offline: ContextVar[bool] = ContextVar("is_offline", default=False)
-"""Whether the current thread is in an ``offline_hub`` block."""
+"""Whether the current thread is offline, that is, in an ``offline_hub`` block."""
 
 
 class _OfflineSwitch:
-    """A value: true in offline threads, equal to ``usual_value`` in online threads."""
+    """A truth value: true in offline threads, and that of ``usual_value`` in other threads."""
 
     def __init__(self, usual_value: object) -> None:
         self.usual_value = usual_value
@@ -176,9 +176,9 @@ class _OfflineSwitch:
 
 @contextmanager
 def _hook_hub_offline() -> Iterator[None]:
-    """Make the hub client ask, within the block, whether the current thread is offline."""
-    # At import, the client sets this constant from the environment variable with the constant's
-    # name. The client reads the constant at every request.
+    """Within the block, let the hub client ask whether the current thread is offline."""
+    # At import, the client sets the constant HF_HUB_OFFLINE from the environment variable of the
+    # same name. The client reads the constant at every request.
     hub_constants: Any = importlib.import_module(HUB_CONSTANTS)
     offline_switch = _OfflineSwitch(hub_constants.HF_HUB_OFFLINE)
     hub_constants.HF_HUB_OFFLINE = offline_switch
@@ -316,8 +316,9 @@ def _require_ray_cluster(address: str) -> None:
     """Raise UsageError if ``address`` is a host and a port, and no server is there."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
-        return  # not host and port, but a form that only Ray knows, such as "auto"
-    if not _accepts_connection(host.strip("[]"), int(port)):
+        return  # no host and port, but a form that only Ray knows, such as "auto"
+    hostname = host.strip("[]")  # an IPv6 address is in brackets
+    if not _accepts_connection(hostname, int(port)):
         raise UsageError(
             f"no Ray cluster answers at RAY_ADDRESS={address}. Start one there (ray start --head), "
             "or unset RAY_ADDRESS: then Ray is started on this machine."

@@ -20,14 +20,17 @@ RAY_REPORTS = "RAY_USAGE_STATS_ENABLED"
 """Environment variable for whether Ray sends usage statistics."""
 
 RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Environment variable for whether Ray listens to other machines. Ray reads it on Linux, too."""
+"""Environment variable for whether Ray listens to other machines.
+
+Despite the name, Ray reads this variable on Linux, too.
+"""
 
 LARGEST_KEPT_BLOCK = 2**29
 """Largest freed block that glibc keeps, in bytes."""
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
 """Environment variable for where Arrow takes memory from."""
 HEAP_VARIABLES = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
-"""If the user has set any of these environment variables, vilu does not set glibc's heaps."""
+"""If the user has set any of these environment variables, vilu does not limit glibc's heaps."""
 KEPT_MEMORY_VARIABLES = {
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
@@ -50,9 +53,9 @@ def tune_process() -> None:
       Otherwise torch would be slow on a busy machine.
     - Ray, if started by this process, sends no usage statistics (``RAY_USAGE_STATS_ENABLED=0``).
 
-    torch reads the second setting while torch is imported. ``import vilu`` and
+    torch reads ``GOMP_SPINCOUNT`` while torch is imported. ``import vilu`` and
     ``vilu.tune_process`` do not import torch. If torch was imported before, a warning states that
-    this setting has no effect.
+    ``GOMP_SPINCOUNT`` has no effect.
 
     Examples:
         >>> import subprocess, sys
@@ -79,9 +82,9 @@ def _is_any_set(variables: set[str]) -> bool:
 
 
 def ray_cluster() -> str | None:
-    """Return the address of the Ray cluster to join (``RAY_ADDRESS``).
+    """Return the address of the Ray cluster to join, from the variable ``RAY_ADDRESS``.
 
-    None if Ray starts on this machine: the variable is not set, is empty, or is "local".
+    Return None if Ray starts on this machine: the variable is not set, is empty, or is "local".
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address in {"", "local"}:
@@ -90,10 +93,10 @@ def ray_cluster() -> str | None:
 
 
 def keep_ray_on_this_machine() -> None:
-    """Set the environment variable by which a new Ray listens only at 127.0.0.1.
+    """Let a new Ray listen only at 127.0.0.1, by the environment variable ``RAY_CLUSTERS``.
 
-    Call this before ray is imported. Nothing is changed if there is a cluster to join, or if the
-    user has set the variable (``RAY_CLUSTERS``).
+    Call this function before ray is imported. Nothing is changed if there is a cluster to join, or
+    if the user has set the variable.
     """
     if ray_cluster() is None:
         os.environ.setdefault(RAY_CLUSTERS, "0")
@@ -121,10 +124,12 @@ def use_one_heap() -> None:
     """Let Arrow and all threads take memory from glibc's main heap.
 
     This function is for a process that runs for months. Call this function before pyarrow is
-    imported and before further threads are started. Without this call, every thread has a separate
-    heap, and ``return_freed_memory`` cannot return the end of such a heap. Arrow's own pool keeps
-    memory, too. So the process would keep as much memory as the largest table ever took. Settings
-    made by the user through environment variables are not changed.
+    imported and before further threads are started. Settings made by the user through environment
+    variables are not changed.
+
+    Without this call, every thread has a separate heap, and ``return_freed_memory`` cannot return
+    the end of such a heap. Arrow's own pool keeps memory, too. So the process would keep as much
+    memory as the largest table ever took.
     """
     os.environ.setdefault(ARROW_POOL, "system")
     if sys.platform != "linux" or _is_any_set(HEAP_VARIABLES):

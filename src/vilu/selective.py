@@ -101,12 +101,12 @@ class Selective(DecidingModel):
         self.calibration: Calibration | None = None
         self.choice: AnswerChoice | None = None
         self._chooses_answer = answer is None and predictor.answer == "zero_shot"
-        # The labelled and the unlabelled rows that ``fit`` got, until ``calibrate`` has chosen
-        # which answers to judge.
+        # The labelled and the unlabelled rows of the fit. They are kept until the answers to judge
+        # are chosen.
         self._fit_data: tuple[EmbeddingSource, EmbeddingSource | None] | None = None
         self.vocabulary: Vocabulary | None = None
         self._folder: Path | None = None
-        # The calibration files of the object that this one was copied from, until they are written.
+        # In a copy: the original's calibration files, written when this object gets a folder.
         self._files_of_original: Mapping[str, bytes] = {}
 
     @property
@@ -200,7 +200,7 @@ class Selective(DecidingModel):
             label_sets: "lac" or "aps". None: no label sets.
             max_miss: Largest share of label sets without the right label.
             outside_share: Expected share of pictures outside all classes.
-            class_shares: Expected share of each class among the pictures inside a class.
+            class_shares: Expected share of each class among the pictures within the classes.
             cluster_risk: For rows with clusters: "majority" or "ratio". None: every row counts.
             largest_cluster: For "ratio": rows of larger clusters are left for review.
             labels: For "anytime": all files of ``next_labels``, filled in.
@@ -262,7 +262,7 @@ class Selective(DecidingModel):
     def _calibrate_by_labels(
         self, data: EmbeddingSource, target: Target, labels: Sequence[str | Path], seed: int
     ) -> None:
-        """Calibrate the predictor in the folder by labels for rows chosen by ``next_labels``."""
+        """Calibrate the predictor in the folder, with labels for rows from ``next_labels``."""
         if not isinstance(data, EmbeddingStore):
             raise UsageError(
                 "anytime takes the store that next_labels has chosen rows of. `vilu embed` and "
@@ -305,15 +305,15 @@ class Selective(DecidingModel):
     ) -> Path:
         """Choose which rows in a store to label next, and write a CSV to fill in, as ``vilu next``.
 
-        Half of the rows are for a fit. The second half is for a guarantee, by ``calibrate`` with
-        the method "anytime". This half is drawn from the answers that could be accepted. The first
-        call fixes which answers are judged.
+        Half of the chosen rows are for a fit. The remaining chosen rows are for a guarantee, by
+        ``calibrate`` with the method "anytime". These rows are drawn from the answers that could be
+        accepted. The first call fixes which answers are judged.
 
         Args:
             store: The rows. Labels in the store are used, too.
             output: The file, .csv. The column ``label`` is empty.
             n: Number of rows.
-            max_risk: The error rate's upper limit for the guarantee.
+            max_risk: Largest error rate allowed by the guarantee.
             labels: Files from earlier calls, filled in.
             seed: Seed for the split into rows to fit on and rows for the guarantee.
             per_class: Whether every predicted class gets a separate guarantee.
@@ -532,7 +532,7 @@ class Selective(DecidingModel):
         train, unlabelled = self._fit_data
         self.choice = choose_answer(self.predictor, train, max_risk, unlabelled=unlabelled)
         self.predictor = self.predictor.judging(self.choice.answer)
-        self._leave_folder()  # it holds the predictor before the choice
+        self._leave_folder()  # the folder holds the predictor before the choice
         self._fit_data = None  # a second calibration keeps the choice
 
     def _require_calibrated(self) -> Calibration:
@@ -562,7 +562,7 @@ class Selective(DecidingModel):
 
     @property
     def folder(self) -> Path:
-        """Temporary folder with predictor, calibration, and the number of looks at the rows."""
+        """Temporary folder with the predictor, the calibration, and all targets so far."""
         if self.predictor.needs_fit and self.predictor.space_ is None:
             raise NotFittedError(f"this {self.predictor.name} is not fitted yet. Call fit first.")
         if self._folder is None:
@@ -576,7 +576,11 @@ class Selective(DecidingModel):
 
 
 def _refuse_unused_arguments(method: Method, *, has_labels: bool, has_name: bool) -> None:
-    """Refuse arguments of ``Selective.calibrate`` not used by the method."""
+    """Raise UsageError for arguments of ``Selective.calibrate`` not used by the method.
+
+    ``has_labels`` says whether ``labels`` or ``seed`` is given. ``has_name`` says whether
+    ``dataset`` or ``split`` is given.
+    """
     if method == "anytime" and has_name:
         raise UsageError(
             "anytime takes the name of the data from the store. Leave dataset and split out."

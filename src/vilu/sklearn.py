@@ -27,11 +27,14 @@ REVIEW: Final = None
 class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """Classifier that accepts a wrapped classifier's answers, with a guaranteed error rate.
 
+    The uncertainty of an answer is 1 - max_c p_c, where p_c is the estimator's probability for
+    class c. An answer is accepted if its uncertainty is at most a threshold.
+
     ``fit`` sets a part of the rows aside for calibration, and fits the estimator on the remaining
-    rows. On the calibration part, ``fit`` certifies a threshold for the uncertainty 1 - max_c p_c
-    by "ltt" (``vilu.certify``). With probability ``confidence`` over how this part is drawn, at
-    most the share ``max_risk`` of the accepted answers is wrong. If no threshold can be certified,
-    nothing is accepted, and a warning gives the reason.
+    rows. On the calibration part, ``fit`` certifies a threshold by "ltt" (``vilu.certify``). With
+    probability ``confidence`` over how this part is drawn, at most the share ``max_risk`` of the
+    accepted answers is wrong. If no threshold can be certified, nothing is accepted, and a warning
+    gives the reason.
 
     Args:
         estimator: A classifier with ``predict_proba``. A clone is fitted.
@@ -88,7 +91,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Tags:
-        """Return scikit-learn's tags: the estimator's inputs and classes are allowed."""
+        """Return scikit-learn's tags. The allowed inputs and classes are those of the estimator."""
         tags = super().__sklearn_tags__()
         estimator_tags = get_tags(self.estimator)
         tags.input_tags = estimator_tags.input_tags
@@ -159,7 +162,7 @@ class SelectiveClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):  
         return likeliest
 
     def predict_uncertainty(self, X: Any) -> Floats:  # noqa: ANN401
-        """Return every row's uncertainty (N,): 1 - max_c p_c."""
+        """Return every row's uncertainty (N,): 1 - max_c p_c, with the class probabilities p_c."""
         largest_probability = self.predict_proba(X).max(axis=1)
         uncertainty: Floats = 1 - largest_probability.astype(np.float64)
         return uncertainty

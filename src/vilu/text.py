@@ -132,10 +132,9 @@ def shorten_line(text: str, length: int) -> str:
 
 
 def hidden_rows_line(n: int, n_shown: int, noun: str) -> list[str]:
-    """Return a list with a line about the number of hidden rows.
+    """Return a list with one line about the number of hidden rows, or [] if no row is hidden.
 
-    ``n_shown`` of ``n`` rows are shown. If all rows are shown, the list is empty. ``noun`` is the
-    noun for the rows.
+    ``n_shown`` of ``n`` rows are shown. ``noun`` says what the rows are, in the plural.
     """
     if n <= n_shown:
         return []
@@ -152,8 +151,9 @@ def csp_hash(content: str) -> str:
 def render_page(package: str, name: str, images: str) -> tuple[str, str]:
     """Return an HTML page with style and script, and the page's Content-Security-Policy.
 
-    The three parts are templates in ``package``, in files with this name. The policy allows only
-    this style and this script. Images are allowed from the source ``images``, such as "blob:".
+    The page, the style and the script come from the folder ``templates`` of ``package``, from the
+    files ``name`` with the suffixes .html, .css and .js. The policy allows only this style and this
+    script. Images are allowed from the source ``images``, such as "blob:", and from data: URLs.
     """
     from importlib import resources  # imported here because this import is slower than the module
 

@@ -102,7 +102,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name_of_call(function: Callable[..., object], args: tuple[object, ...]) -> str:
-    """Return a function's name as in a call. A constructor has the class name."""
+    """Return a function's name, such as "score" or "MCM.fit". A constructor has the class name."""
+    # a method's first argument is the object, and a class method's first argument is the class
     owner = args[0] if args else None
     if not isinstance(owner, type):
         owner = type(owner)
@@ -157,7 +158,7 @@ def _type_hints(function: Callable[..., object]) -> dict[str, Any]:
             continue
         if parameter.annotation is not parameter.empty:
             annotations[name] = parameter.annotation
-    # get_type_hints looks up names in annotations in the function's module
+    # get_type_hints needs the function's module, to find the names in the annotations
     annotated_object = SimpleNamespace(__annotations__=annotations)
     module_names = inspect.unwrap(function).__globals__
     return typing.get_type_hints(annotated_object, module_names, include_extras=True)
@@ -186,7 +187,7 @@ def _fitting_argument(name: str, type_hint: object, arguments: Mapping[str, obje
     ``type_hint`` is the type expected for ``name``. Return None if no argument has this type, or if
     this type is not from vilu. vilu's types have an attribute ``how_to_make`` with a description.
     """
-    types = get_args(type_hint) or (type_hint,)
+    types = get_args(type_hint) or (type_hint,)  # of a union, all types
     if not any(hasattr(kind, "how_to_make") for kind in types):
         return None
     for candidate, value in arguments.items():
@@ -217,7 +218,7 @@ def _as_python(value: Any, type_hint: object) -> Any:  # noqa: ANN401 - any argu
     has_no_dimension = getattr(value, "shape", None) == ()
     if not (wants_plain_type and has_no_dimension):
         return value
-    if hasattr(value, "detach"):
+    if hasattr(value, "detach"):  # a tensor
         value = value.detach()
     return value.item()
 
@@ -285,7 +286,7 @@ def _is_any_of(value: object, types: tuple[object, ...]) -> bool:
     """
     for type_hint in types:
         module = getattr(get_origin(type_hint) or type_hint, "__module__", None) or ""
-        if module.startswith("numpy._"):
+        if module.startswith("numpy._"):  # such as numpy._typing, with the types in ``ArrayLike``
             return True
     return any(_is_of_type(value, type_hint) for type_hint in types)
 

@@ -13,10 +13,11 @@ from vilu_bench.studies.result import RUN_AGAIN, CellResult, load_result
 from vilu_bench.studies.study import STUDIES, load_studies
 
 CELLS = "cells"
+"""Folder in the output with a document per cell."""
 
 
 def check(path: Path) -> Artefact | None:
-    """Check all documents in a benchmark's output folder. Return None for another folder."""
+    """Check and describe a benchmark's output folder. Return None for any other folder."""
     has_studies = (path / STUDIES).is_dir()
     has_cells = (path / CELLS).is_dir()
     if not has_studies and not has_cells:
@@ -35,7 +36,7 @@ def check(path: Path) -> Artefact | None:
 
 
 def _check_cell(file: Path, run: Path) -> None:
-    """Raise a DataError if a document is damaged or is not at the cell's path."""
+    """Raise DataError if a cell's document is damaged or misplaced, or if scores are missing."""
     try:
         document = read_json(file, RUN_AGAIN)
         result = CellResult.model_validate(document)
@@ -43,7 +44,8 @@ def _check_cell(file: Path, run: Path) -> None:
         damage = first_error(error)
         raise DataError(f"{file} is damaged: {damage}. {RUN_AGAIN}.") from error
     is_in_place = run / result.cell.path == file
-    if not is_in_place or load_result(run, result.cell, result.fingerprint) is None:
+    is_complete = is_in_place and load_result(run, result.cell, result.fingerprint) is not None
+    if not is_complete:
         raise DataError(
             f"{file} is not the document of its cell, or its scores are missing or of another "
             f"cell. {RUN_AGAIN}."

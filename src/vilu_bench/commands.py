@@ -210,9 +210,10 @@ def render(
                 f"{run} has no scores of rows, which --keep and --submitted need. Give the output "
                 "folder of `vilu benchmark`."
             )
-        _print_studies(
-            render_kept_file(run, document, title, intro, preface_file=first, overwrite=overwrite)
+        kept_studies = render_kept_file(
+            run, document, title, intro, preface_file=first, overwrite=overwrite
         )
+        _print_studies(kept_studies)
         return
     studies = render_studies(
         run,
@@ -311,7 +312,7 @@ def pools(
     """
     from vilu_bench.studies.pool_sizes import over_pool_sizes
 
-    argument_of = _arguments_by_label(predictors)
+    argument_of_label = _arguments_by_label(predictors)
     folders = [Path(name) for name in predictors if _is_folder(name)]
     pool_sizes = _parse_sizes(sizes)
     write_output = prepare_output(
@@ -330,7 +331,7 @@ def pools(
         return reading_flags.open_with_pools(pools, store)
 
     table = over_pool_sizes(
-        {label: _load_or_make_predictor(name) for label, name in argument_of.items()},
+        {label: _load_or_make_predictor(name) for label, name in argument_of_label.items()},
         open_pairs,
         pool_sizes,
         pools=reading_flags.pools,
@@ -343,16 +344,18 @@ def pools(
 
 
 def _arguments_by_label(predictors: list[str]) -> dict[str, str]:
-    """Map the last part of each argument, a folder or a method's name, to the argument.
+    """Map a label to each argument, which is a folder or a method's name.
+
+    The label is the argument's last part, such as "predictor" for "runs/predictor".
 
     Raises:
-        UsageError: If two arguments have the same last part.
+        UsageError: If two arguments have the same label.
     """
-    argument_of = {Path(name).name: name for name in predictors}
-    if len(argument_of) < len(predictors):
+    argument_of_label = {Path(name).name: name for name in predictors}
+    if len(argument_of_label) < len(predictors):
         names = ", ".join(predictors)
         raise UsageError(f"folders must differ in their last names. Got {names}. Rename one.")
-    return argument_of
+    return argument_of_label
 
 
 def _print_sizes(table: ResultTable, draws: int) -> None:
@@ -394,7 +397,7 @@ def _is_folder(name: str) -> bool:
 
 
 def _parse_sizes(text: str) -> list[int]:
-    """Parse the different pool sizes in a text, and return them in ascending order."""
+    """Return the pool sizes in a text such as "128,512", each size once, in ascending order."""
     sizes = set()
     for word in text.split(","):
         size_text = word.strip()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vilu.cli.demo import N_PHOTOS_TO_SORT, SORTED_CLASSES, write_folder
+from vilu.cli.demo import N_PHOTOS_TO_SORT, SORTED_CLASSES, write_folder_to_sort
 from vilu.cli.demo_command import accepted_in_words, write_asked_labels
 from vilu.triage.labels import SKIPPED
 
@@ -43,10 +43,10 @@ def test_accepted_answers_are_judged_by_the_labels_of_the_data(asked: Path) -> N
 def test_another_seed_leaves_no_photo_of_the_one_before(tmp_path: Path) -> None:
     table = resources.files("vilu").joinpath("assets", "clothing.parquet")
     with resources.as_file(table) as photos:
-        write_folder(photos, tmp_path, seed=0)
+        write_folder_to_sort(photos, tmp_path, seed=0)
         first = labels_of(tmp_path / "labels.csv")
         (tmp_path / "photos/mine.jpg").write_bytes(b"a photo of the user")
-        write_folder(photos, tmp_path, seed=1)
+        write_folder_to_sort(photos, tmp_path, seed=1)
     second = labels_of(tmp_path / "labels.csv")
     assert len(second) == N_PHOTOS_TO_SORT
     assert set(second.values()) == set(SORTED_CLASSES)

@@ -39,24 +39,26 @@ TEMPORARY_NAME = re.compile(
 )
 """Pattern of temporary names: final name, host hash, process number, random digits.
 
-Older vilu versions wrote temporary names without a host hash.
+An example is ".scores.csv.0123abcd.4711.89abcdef.tmp". Older vilu versions wrote temporary names
+without a host hash.
 """
 
-# A temporary file counts as abandoned if the file is older than this number of seconds.
+# A temporary file counts as abandoned if it is older than this number of seconds: a day.
 MAX_TEMPORARY_AGE = 24 * 3600.0
 
-# Maximum length in bytes for the final name inside a temporary name. File systems allow 255 bytes
-# for the whole name.
+# A temporary name contains at most this number of bytes of the final name, because file systems
+# allow 255 bytes for the whole temporary name.
 MAX_NAME_BYTES = 220
+MAX_HOLDER_BYTES = 1024  # number of bytes read from a holder file, which is far smaller
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file for the block. Without an exception in the block, replace ``path``.
+    """Open a temporary binary file for the block. At the end of the block, rename it to ``path``.
 
-    The bytes are written to a temporary file in the same folder and synced to the disk. Then the
-    temporary file is renamed to ``path``. After an exception or a crash, ``path`` is unchanged.
-    Temporary files for ``path`` from earlier crashes are removed.
+    The temporary file is in the same folder as ``path``. Before the renaming, it is synced to the
+    disk. After an exception or a crash, ``path`` is unchanged. Temporary files for ``path`` from
+    earlier crashes are removed.
     """
     target = Path(path)
     # if the limit cuts the last character in two, "ignore" drops this character
@@ -85,7 +87,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _remove_leftovers(folder: Path, final_name: str) -> None:
     """Remove the temporary files for ``final_name`` that crashes left in a folder."""
     paths_of_name = temporary_paths(folder.absolute())
-    # ``pop`` removes the entry, so leftovers with this final name are searched only once
+    # ``pop`` removes the entry from the cached dictionary, so this is done once per final name
     for earlier_file in paths_of_name.pop(final_name, ()):
         if is_leftover(earlier_file):
             earlier_file.unlink(missing_ok=True)
@@ -137,9 +139,9 @@ def convert_os_errors(failure: str, hint: str = "") -> Iterator[None]:
 def advice_to_owner(error: OSError) -> str:
     """Return advice for a private file's owner: how to let other users read the file.
 
-    Only an ``error`` that refuses access to a private file has advice. For any other error, "" is
-    returned. A file is private if only the owner may read the file, or may open its folder. The
-    advice begins with a space, because the advice follows the error message.
+    Return "" unless ``error`` says that access to a private file was refused. A file is private if
+    only the owner may read the file, or may open its folder. The advice begins with a space,
+    because it follows the error message.
     """
     if not isinstance(error, PermissionError) or error.filename is None:
         return ""
@@ -202,9 +204,9 @@ def _is_alive(pid: int) -> bool:
         return True
     # "PID (NAME) STATE ...", where NAME may contain any character, also ")"
     _, _, after_name = stat.rpartition(b")")
-    from_state_on = after_name.lstrip()
+    state_and_rest = after_name.lstrip()
     # in the state Z (zombie) a process has ended, but the parent has not read the exit status yet
-    return not from_state_on.startswith(b"Z")
+    return not state_and_rest.startswith(b"Z")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -230,7 +232,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER_PATTERN = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""Pattern that the content of a holder file matches.
+"""Pattern of a holder file's content, such as "process 4711 of laptop".
 
 A holder file names the process with the lock. If the process dies, the file stays until another
 process takes the lock.
@@ -250,8 +252,10 @@ def locked(
 
     The operating system releases the lock when the process dies. Some network file systems give the
     same lock to several machines at once. Folders written in parts stay correct even then, because
-    all writers write the same bytes for a part. A file next to the lock names the holder. If this
-    file names a process on another machine when the lock is taken, a warning is logged.
+    all writers write the same bytes for a part.
+
+    A holder file next to the lock file names the process with the lock. If it names a process on
+    another machine when the lock is taken, a warning is logged.
 
     If another process holds the lock, the message is "another HOLDER_KIND is ACTIVITY FOLDER."
 
@@ -270,7 +274,7 @@ def locked(
     from filelock import FileLock, Timeout
 
     holder_file = folder / f"{lock_name}-holder"
-    host = re.sub(r"\s", "_", socket.gethostname())
+    host = re.sub(r"\s", "_", socket.gethostname())  # as in ``HOLDER_PATTERN``, without spaces
     this_process = f"process {os.getpid()} of {host}"
     lock = FileLock(folder / lock_name)
     with convert_os_errors(f"cannot write to {folder}"):
@@ -290,8 +294,7 @@ def locked(
     finally:
         # The holder file is removed before the lock is released, because the next lock holder
         # writes a new holder file. On some file systems the lock does not exclude other machines.
-        # So another process may have written the file by now, and may still be at work. Then the
-        # file stays.
+        # So the file may now name another process, which may still be at work. Then the file stays.
         holder = _read_holder(holder_file)
         if holder and holder.group() == this_process:
             with suppress(OSError):
@@ -320,19 +323,18 @@ def _write_holder(holder_file: Path, this_process: str) -> None:
     with suppress(OSError):
         if holder:
             holder_file.unlink()
-        with holder_file.open("x") as handle:
+        with holder_file.open("x") as handle:  # a file that names no process is not overwritten
             handle.write(this_process)
 
 
 def _read_holder(holder_file: Path) -> re.Match[str] | None:
-    """Read the lock holder: a process that holds the lock, or died while holding the lock.
+    """Read which process holds the lock, or died while holding it.
 
-    Returns the match of ``HOLDER_PATTERN`` in the holder file. Returns None without a file or a
-    match.
+    Returns the match of ``HOLDER_PATTERN`` in the holder file, or None without a file or a match.
     """
     try:
         with holder_file.open("rb") as handle:
-            content = handle.read(1024)
+            content = handle.read(MAX_HOLDER_BYTES)
             text = content.decode(errors="replace")
             return HOLDER_PATTERN.fullmatch(text)
     except OSError:  # without the file, messages name no process
@@ -340,9 +342,9 @@ def _read_holder(holder_file: Path) -> re.Match[str] | None:
 
 
 def cache_folder() -> Path:
-    """Return vilu's folder in this user's cache, for files that vilu can make again.
+    """Return the path of vilu's folder in this user's cache, for files that vilu can make again.
 
-    The folder may not exist. Users may delete the folder at any time.
+    The folder may not exist yet, and users may delete it at any time.
     """
     folder_of_user = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(folder_of_user)

@@ -26,18 +26,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
-    """Return the digest of a document's content, as shortened by ``without_version``."""
-    compared_content = without_version(content, *excluded_keys)
-    return digest(compared_content)
-
-
-def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
-    """Copy a document's content without the vilu version and without ``excluded_keys``."""
-    excluded = {VERSION_KEY, *excluded_keys}
-    return {key: value for key, value in content.items() if key not in excluded}
-
-
 VERSION_KEY: Final = "vilu"
 """Key of the vilu version that wrote a document: information for people, never compared."""
 
@@ -51,6 +39,18 @@ SCHEMA_VERSION: Final = 2
 """Schema version of all documents and tables. Files from before vilu 0.2.0 have version 1."""
 
 MAX_DOCUMENT_BYTES = 64 * 2**20  # larger files are not read, as vilu writes far smaller files
+
+
+def content_digest(content: Mapping[str, object], *excluded_keys: str) -> str:
+    """Return the digest of a document's content without the vilu version and ``excluded_keys``."""
+    compared_content = without_version(content, *excluded_keys)
+    return digest(compared_content)
+
+
+def without_version(content: Mapping[str, object], *excluded_keys: str) -> dict[str, object]:
+    """Copy a document's content without the vilu version and without ``excluded_keys``."""
+    excluded = {VERSION_KEY, *excluded_keys}
+    return {key: value for key, value in content.items() if key not in excluded}
 
 
 class FrozenModel(BaseModel):
@@ -80,7 +80,7 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def read_document(path: Path, document_class: type[D]) -> D:
-    """Read a document, and check the digest, the schema version and the fields."""
+    """Read and return a document, after checking its digest, schema version and fields."""
     remedy = document_class.remedy
     error_class = document_class.error_class
     content = read_json(path, remedy, error_class)
@@ -117,6 +117,7 @@ def read_json(
     if stated_digest is not None and stated_digest != actual_digest:
         problem = f"its content is not what its {digest_key} says"
         raise error_class(f"{path} is damaged: {problem}. {remedy} to repair it.")
+    # checked before a missing digest is reported, because the version may explain why it is missing
     require_schema(path, content, remedy, error_class)
     if stated_digest is None:
         raise error_class(f"{path} is damaged: it has no {digest_key}. {remedy} to repair it.")
@@ -134,7 +135,7 @@ def require_schema(
     """Raise an error if this vilu cannot read the schema version of a document or table.
 
     Versions from ``oldest_version`` to ``SCHEMA_VERSION`` can be read. ``content`` is the
-    document's content or the table's metadata. ``read_json`` describes the rest.
+    document's content or the table's metadata. The other arguments are as for ``read_json``.
     """
     version = content.get(SCHEMA_KEY)
     if version is None:
@@ -168,8 +169,8 @@ def parse_json(content: bytes) -> dict[str, Any]:
         parse_float=_parse_finite,
         parse_constant=_refuse_number,
     )
-    # The escapes \ud800 to \udfff are halves of characters. A single half cannot be encoded as
-    # UTF-8: ``encode`` raises a ValueError.
+    # The escapes \ud800 to \udfff are halves of characters. A half without the other half cannot be
+    # encoded as UTF-8: ``encode`` raises a ValueError.
     if b"\\ud" in content.lower():
         json.dumps(document, ensure_ascii=False).encode()
     if not isinstance(document, dict):
@@ -187,7 +188,7 @@ def object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_finite(text: str) -> float:
-    """Parse a number for ``json.loads``. Raise ValueError if too large for a float ("1e999")."""
+    """Parse a number for ``json.loads``. Raise ValueError if it exceeds a float, as in "1e999"."""
     value = float(text)
     if not math.isfinite(value):
         _refuse_number(text)
@@ -204,7 +205,7 @@ def read_bounded(
     """Read a file of at most ``max_bytes``, by default ``MAX_DOCUMENT_BYTES``.
 
     If the file is missing or larger, ``error_class`` is raised. A larger file is not read to the
-    end. ``remedy`` tells in the message how to make a missing file.
+    end. ``remedy`` is advice in the message: how to make a missing file.
     """
     if max_bytes is None:
         max_bytes = MAX_DOCUMENT_BYTES
@@ -237,8 +238,8 @@ def write_json(
     subject = f"cannot write {path}: its content"
     content = {SCHEMA_KEY: SCHEMA_VERSION, **value}
     content.pop(digest_key, None)  # a document that was read and changed may have an old digest
-    # The digest must be computed from the values for a later reader. So the values are encoded and
-    # parsed. For example, this step turns a tuple into a list.
+    # The digest is computed from the values as a later reader will see them. So the values are
+    # encoded and parsed first: for example, a tuple becomes a list.
     document = json.loads(plain_json(content, subject=subject))
     document[digest_key] = digest(document)
     write_bytes(path, plain_json(document, subject=subject, indent=2) + b"\n")
@@ -257,7 +258,7 @@ def append_to_log(folder: Path, **facts: object) -> None:
 
 
 def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the facts in each line of a folder's log, without a line cut off by a crash."""
+    """Yield the facts in each line of a folder's log. Skip a line that a crash cut off."""
     path = folder / LOG_FILE
     lines: list[bytes] = []
     with convert_os_errors(f"cannot read {path}"):

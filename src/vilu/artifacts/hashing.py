@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BLOCK_SIZE = 2**20
-"""Maximum number of entries in a tensor block.
+"""Maximum number of entries in a block of rows, unless a single row has more.
 
-A tensor is copied block by block, to limit the copy's memory. A block has at least one row, so a
-block with very wide rows has more entries.
+A tensor is copied block by block, to limit the copy's memory.
 """
 
 
@@ -32,7 +31,7 @@ def digest(value: object) -> str:
         True
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    # file names without valid UTF-8 contain surrogates
+    # a file name that is no valid UTF-8 contains surrogates
     content = text.encode("utf-8", "surrogatepass")
     hash_of_content = hashlib.blake2b(content, digest_size=16)
     return hash_of_content.hexdigest()
@@ -80,10 +79,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield a tensor's bytes, in row blocks with about ``MAX_BLOCK_SIZE`` entries.
+    """Yield a tensor's bytes, in blocks of rows with about ``MAX_BLOCK_SIZE`` entries.
 
-    A tensor with repeated rows (``Tensor.expand``) takes little memory. Because of the blocks, such
-    a tensor is never copied as a whole.
+    A tensor with repeated rows (``Tensor.expand``) may take little memory, but a copy of the whole
+    tensor would take much. So only one block is copied at a time.
     """
     if not tensor.numel():
         return

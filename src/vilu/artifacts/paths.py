@@ -1,9 +1,8 @@
 """Checks of output paths, so that no user's file is overwritten.
 
-A path is accepted if nothing is there yet, if the path is an empty folder, or if the path has the
-result from the same inputs. Otherwise the path is refused. With ``--overwrite``, or when called as
-a library, vilu replaces files written by vilu. Files that vilu does not recognise are never
-changed.
+A path is accepted if nothing is there yet, if the path is an empty folder, or if the result from
+the same inputs is there. Otherwise the path is refused. With ``--overwrite``, or when called as a
+library, vilu replaces files written by vilu. Files that vilu does not recognise are never changed.
 """
 
 from __future__ import annotations
@@ -78,15 +77,16 @@ SUFFIXES_OF_KIND: dict[FileKind, tuple[str, ...]] = {
 }
 """Maps file kinds with a fixed format to the allowed suffixes."""
 
-MAX_LISTED_ENTRIES = 100_000  # files and folders, in a folder without a document of vilu
+# maximum number of files and folders to list in a folder without a document of vilu
+MAX_LISTED_ENTRIES = 100_000
 INPUTS_KEY = "inputs"  # key of a file's inputs digest
 
 TEXT_MARK_PATTERN = re.compile(
     rb"<!-- made by vilu: (?P<kind>page|study|results) (?P<inputs>[0-9a-f]*) -->\n\Z"
 )
-"""Pattern for the last line in a text (HTML, Markdown) written by vilu.
+"""Pattern for the last line in a text (HTML, Markdown) written by vilu: kind and inputs digest.
 
-The line has the text's kind and the inputs digest.
+The inputs digest is a hash of what the file was made from (``inputs_digest``).
 """
 
 KIND_OF_TEXT: dict[bytes, FileKind] = {b"page": "page", b"study": "study", b"results": "results"}
@@ -102,14 +102,14 @@ N_SEARCHED_BYTES = 4096  # bytes to search at the beginning and at the end of a 
 
 
 def inputs_entry(inputs: str | None) -> dict[str, str]:
-    """Return a document's or table's entry with the inputs digest. Without a digest, return {}."""
+    """Return {"inputs": inputs}, an entry for a document or a table. Return {} without a digest."""
     if not inputs:
         return {}
     return {INPUTS_KEY: inputs}
 
 
 def write_with_inputs(path: Path, content: dict[str, object], inputs: str) -> None:
-    """Write a document together with the inputs digest."""
+    """Write a document with the content ``content`` and the inputs digest ``inputs``."""
     content_with_inputs = {**content, **inputs_entry(inputs)}
     write_json(path, content_with_inputs)
 
@@ -141,9 +141,9 @@ def claim_file(
 
     Args:
         path: The output file.
-        kind: The file kind to write.
+        kind: The kind of file to write.
         inputs: The inputs digest, or None if inputs are not compared.
-        overwrite: Replace an existing file of the same kind, made from any inputs.
+        overwrite: Whether to replace an existing file of the same kind, made from any inputs.
 
     Returns:
         True if the file already exists, is not damaged and was made from the same inputs. False if
@@ -169,6 +169,7 @@ def claim_file(
                 f"{target} holds the {kind} of {described_inputs}. "
                 "Give another file, or --overwrite to replace it."
             )
+    # the file must be written: it is missing, damaged or to be replaced
     _require_writable_folder(target.parent, target=target)
     return False
 
@@ -207,18 +208,18 @@ def claim_folder(
     Args:
         path: The output folder. The folder is not made here.
         result_kind: The result's kind, for messages.
-        is_part_of_result: Returns whether a file in the folder belongs to a result. Not called for
-            temporary files and locks.
+        is_part_of_result: Function that returns whether a file in the folder belongs to a result of
+            this kind. Not called for temporary files and locks.
         has_same_inputs: Whether the existing result was made from the same inputs.
-        overwrite: Replace an existing result, made from any inputs.
+        overwrite: Whether to replace an existing result, made from any inputs.
 
     Returns:
         True if the folder already has the result from the same inputs. False if the result must be
         written.
 
     Raises:
-        UsageError: If the path is no folder, or if the folder has foreign files or a result from
-            different inputs.
+        UsageError: If the path is no folder, or if the folder has files that belong to no result,
+            or a result from different inputs.
         StorageError: If the folder cannot be written to.
     """
     root = Path(path)
@@ -238,7 +239,7 @@ def claim_folder(
         raise UsageError(
             f"{root} holds another {result_kind}. Give a new folder, or --overwrite to replace it."
         )
-    # A missing folder can be made if the nearest existing parent is writable.
+    # a missing folder can be made if the nearest existing parent is writable
     _require_writable_folder(_first_existing(root), target=root)
     return False
 
@@ -260,7 +261,7 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
     Args:
         root: The output folder.
         result_kind: The result's kind, for the message.
-        foreign_paths: The foreign files: files in ``root`` that belong to no result of this kind.
+        foreign_paths: The files in ``root`` that belong to no result of this kind.
     """
     first_foreign_path = min(foreign_paths, default=None)
     if first_foreign_path is not None:
@@ -272,7 +273,7 @@ def refuse_foreign_files(root: Path, result_kind: str, foreign_paths: Iterable[P
 
 
 def kind_and_inputs(path: Path) -> KindAndInputs | None:
-    """Return the kind and the inputs digest that a file states. For a foreign file, return None."""
+    """Return the kind and inputs digest that a file of vilu states, or None for any other file."""
     if not path.is_file():
         return None
     with convert_os_errors(f"cannot read {path}"):
@@ -326,8 +327,8 @@ def content_identity(path: Path) -> object:
 def list_files(folder: Path, max_entries: int = MAX_LISTED_ENTRIES) -> list[object]:
     """List name, size and modification time of every file in a folder, at any depth.
 
-    Raises UsageError for more than ``max_entries`` files and folders. A user who names a whole disk
-    by mistake would wait for minutes otherwise.
+    Raises UsageError for more than ``max_entries`` files and folders. Otherwise, a user who names a
+    whole disk by mistake would wait for minutes.
     """
     files: list[Path] = []
     with convert_os_errors(f"cannot read {folder}"):
@@ -365,12 +366,12 @@ def _document_identity(path: Path) -> object:
     content = _document_content(path)
     if content is None:
         return file_hash(path)
-    # the key of the digest is "fingerprint" in ``predictor.json``, else ``DIGEST_KEY``
+    # the digest's key is "fingerprint" in ``predictor.json``, and ``DIGEST_KEY`` elsewhere
     return without_version(content, "fingerprint", DIGEST_KEY)
 
 
 def _document_content(path: Path) -> dict[str, Any] | None:
-    """Return a JSON document's content. Return None for any other file."""
+    """Return a JSON document's content. Return None if the file is missing or damaged."""
     try:
         content = read_bounded(path, "Make it again", DataError)
         return parse_json(content)
@@ -422,9 +423,9 @@ def _kind_by_bytes(path: Path) -> KindAndInputs | None:
 
 
 def _is_undamaged(path: Path) -> bool:
-    """Return whether a file's content matches the digest. Without a digest, return True."""
+    """Return whether a file's content matches its digest. Without a digest, return True."""
     suffix = path.suffix.lower()
-    try:
+    try:  # reading raises an error if the content does not match
         if suffix == ".json":
             read_json(path, "Make it again")
         elif suffix == ".parquet":
@@ -455,9 +456,9 @@ def _require_writable_folder(folder: Path, target: Path) -> None:
         raise UsageError(
             f"cannot write {target}: the folder {folder} {problem}. Make it, or give another place."
         )
-    # By default, os.access checks the rights of the real user, who started the process. If the
-    # system can check the effective user, the user under whom the process runs now, that user's
-    # rights are checked.
+    # By default, os.access checks the rights of the user who started the process. The process may
+    # now run as another user (the effective user). If the system can check the effective user's
+    # rights, these are checked.
     as_effective_user = os.access in os.supports_effective_ids
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=as_effective_user):
         raise StorageError(

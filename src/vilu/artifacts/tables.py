@@ -32,8 +32,8 @@ FOOTER_METADATA_PATTERN = re.compile(
 )
 """Pattern of vilu's metadata in a Parquet file's footer.
 
-If a bit in the metadata's key or length is flipped, pyarrow does not find the metadata. This
-pattern still finds the metadata.
+If a bit in the metadata's key or length is flipped, pyarrow does not find the metadata, but this
+pattern still does.
 """
 
 REMEDY_OF_KIND: Final = {
@@ -45,10 +45,10 @@ REMEDY_OF_KIND: Final = {
 """Maps a table kind to the advice in messages: how to make the table again."""
 
 OLDEST_VERSION_OF_KIND: Final = {"labels": 1}
-"""Maps a table kind to the lowest readable schema version.
+"""Maps a table kind to the oldest schema version that vilu still reads.
 
-For all kinds not listed here, the lowest version is ``SCHEMA_VERSION``. Labels are people's work,
-so label tables of every version are read.
+Other kinds are read only in ``SCHEMA_VERSION``. Labels are people's work, so label tables of every
+version are read.
 """
 
 MAX_COLUMNS = 10_000
@@ -56,11 +56,11 @@ MAX_COLUMNS = 10_000
 MAX_HEADER_CHARACTERS = 2**20
 """Maximum number of characters per line in a CSV file's header."""
 
-# A spreadsheet runs a cell as a formula if the cell begins with a character in these brackets.
-# ``_FORMULA_PATTERN`` matches such a beginning, also with apostrophes before the character. When a
-# CSV file is written, a matching cell gets one more apostrophe at the beginning, so spreadsheets
-# show the cell as text. When the file is read, this apostrophe is removed again from every cell
-# matched by ``_QUOTED_FORMULA_PATTERN``.
+# A spreadsheet runs a cell as a formula if the cell begins with a character in these brackets, as
+# in "=A1". ``_FORMULA_PATTERN`` matches such a beginning, also with apostrophes before the
+# character. When a CSV file is written, a matching cell gets one more apostrophe at the beginning,
+# as in "'=A1", so spreadsheets show the cell as text. When the file is read, this apostrophe is
+# removed again from every cell matched by ``_QUOTED_FORMULA_PATTERN``.
 _FORMULA_PATTERN = r"^('*[=+\-@\t\r])"
 _QUOTED_FORMULA_PATTERN = r"^'('*[=+\-@\t\r])"
 
@@ -89,6 +89,7 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     # group 1 in the pattern is the cell's beginning, and an apostrophe is put before this group
     table = _replace_in_texts(table, text_columns, pattern=_FORMULA_PATTERN, replacement=r"'\1")
     buffer = BytesIO()
+    # the module csv writes the header, because pyarrow would put every name into quotes
     header = StringIO()
     writer = csv.writer(header, lineterminator="\n")
     writer.writerow(table.column_names)
@@ -108,13 +109,13 @@ def parquet_bytes(
     """Encode columns of equal length as a Parquet file with plain JSON metadata in the schema.
 
     Every page has a checksum. The checksums do not cover the footer and the page headers. Therefore
-    the metadata have a digest, too. It covers all columns and all other metadata.
+    the metadata also have a digest, which covers all columns and all other metadata.
     """
     import pyarrow as pa
     import pyarrow.parquet
 
     table = pa.table(dict(columns))
-    # The digest is of the metadata as a reader will see them, so they are encoded and parsed.
+    # encoded and parsed, because the digest is of the metadata as a reader will see them
     content = parse_json(plain_json({SCHEMA_KEY: SCHEMA_VERSION, **metadata}))
     content[DIGEST_KEY] = table_digest(table, content)
     buffer = BytesIO()
@@ -167,7 +168,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     sha256 = hashlib.sha256()
     is_text = pa.types.is_string(column.type)
     if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
+        column = column.cast(pa.int8())  # Arrow stores booleans as bits, NumPy as bytes
     if column.null_count:
         for chunk in column.chunks:
             sha256.update(_null_mask(chunk).to_numpy())
@@ -178,7 +179,7 @@ def _column_hash(column: pa.ChunkedArray) -> str:
         for chunk in column.chunks:
             sha256.update(chunk.to_numpy())
         return sha256.hexdigest()
-    # hash the lengths, too, because the texts ["ab", "c"] and ["a", "bc"] have the same bytes
+    # the lengths are hashed, too, because the texts ["ab", "c"] and ["a", "bc"] have equal bytes
     for chunk in column.chunks:
         sha256.update(pc.binary_length(chunk).to_numpy())
     for chunk in column.chunks:
@@ -201,8 +202,8 @@ def _text_bytes(chunk: pa.Array) -> memoryview:
     _, offsets, content = chunk.buffers()
     if not len(chunk) or content is None:
         return memoryview(b"")
-    # String i of the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
-    # be a slice: then the array's first string is number ``chunk.offset`` in the buffers.
+    # String i in the buffers has the bytes from all_offsets[i] to all_offsets[i + 1]. The array may
+    # be a slice of the buffers, and begin with string number ``chunk.offset``.
     all_offsets = np.frombuffer(offsets, np.int32)
     start = all_offsets[chunk.offset]
     end = all_offsets[chunk.offset + len(chunk)]
@@ -234,9 +235,9 @@ def remove_apostrophes(table: pa.Table, text_columns: Collection[str]) -> pa.Tab
 def read_table(
     path: str | Path, text_columns: Collection[str], delimiter: str = ","
 ) -> tuple[pa.Table, dict[str, object]]:
-    """Read a Parquet or CSV table with the table's metadata.
+    """Read a Parquet or CSV table, and return the table and vilu's metadata.
 
-    CSV files, and tables from programs other than vilu, have empty metadata.
+    For CSV files, and for tables from other programs, the metadata are empty.
 
     Args:
         path: The file.
@@ -282,7 +283,7 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
 
     file = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
     table = file.read()
-    table.validate(full=True)  # checks the UTF-8 of strings, and the offsets into the buffers
+    table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
     return table
 
 
@@ -366,9 +367,9 @@ def parse_csv(
     rows: list[CsvRow] = []
     try:
         names = next(reader, [])
-        last_line = reader.line_num  # where the row read last ends
+        last_line = reader.line_num  # the number of the last line read so far
         for cells in reader:
-            line = last_line + 1
+            line = last_line + 1  # where this row begins
             last_line = reader.line_num  # more than ``line`` if a cell has line breaks
             if not rows:  # checked only now, because the message shows the cells of the first row
                 require_distinct_columns(f"{source} line 1", names, cells)
@@ -427,8 +428,8 @@ def _require_named_columns(location: str, names: Sequence[str], cells: Sequence[
         names: The column names.
         cells: The row's cells.
     """
+    # the number of columns up to the last column with a name
     n_named_columns = len(names)
-    # columns without a name at the end are not counted
     while n_named_columns and not names[n_named_columns - 1].strip():
         n_named_columns -= 1
     for index in range(n_named_columns, len(cells)):
@@ -492,6 +493,7 @@ def _lines_of_limited_length(file: TextIO, path: str | Path) -> Iterator[str]:
     """Yield a file's lines. Raise DataError at a line over ``MAX_HEADER_CHARACTERS``."""
     line = file.readline(MAX_HEADER_CHARACTERS)
     while line:
+        # ``readline`` stops at the limit, even if the line goes on
         is_cut = len(line) == MAX_HEADER_CHARACTERS and line[-1] not in "\r\n"
         if is_cut:
             raise DataError(
@@ -544,8 +546,8 @@ def _digest_of_read_table(path: str | Path, table: pa.Table, metadata: Mapping[s
         return table_digest(table, metadata)
     # A flipped bit in the footer can change a column's type. Then pyarrow finds values with a wrong
     # type (ArrowInvalid, a ValueError), or cannot convert the type (ArrowNotImplementedError, not a
-    # ValueError). ``table_digest`` encodes the metadata. The metadata may be nested too deeply to
-    # encode, even if the nesting could be parsed (RecursionError).
+    # ValueError). A RecursionError is raised if the metadata are nested so deeply that they could
+    # be parsed, but cannot be encoded for the digest.
     except (ValueError, RecursionError, pa.ArrowNotImplementedError) as error:
         raise DataError(
             f"{path} is damaged: its rows or metadata cannot be read ({error}). Make it again."

@@ -136,12 +136,12 @@ class DualEncoder:
         text_projection: Matrix (D, F_t) from text features to embeddings with any norm. None: the
             text tower already returns embeddings.
         feature_dim: Width F, needed only if there is an ``image_head``.
-        text_cache_key: Text that identifies everything that determines text embeddings. The key in
-            the user's cache includes this text. None: text embeddings are not cached.
+        text_cache_key: Text that identifies the model, with everything that text embeddings depend
+            on. It is a part of the key in the user's cache. None: text embeddings are not cached.
         bf16_tower: Function from bfloat16 pixels (B, 3, H, W) to features (B, F): the image tower
             with weights in bfloat16. With such weights, autocast need not convert weights.
-        resize_to: Length in pixels to which ``transform`` resizes an image's shorter side, or a
-            larger number. None: not known, so JPEGs are never decoded at a reduced size.
+        resize_to: Upper limit, in pixels, for the length to which ``transform`` resizes an image's
+            shorter side. None: not known, so JPEGs are never decoded at a reduced size.
 
     Attributes:
         jpeg_side: Least length to which decoding may reduce a JPEG's shorter side. None: JPEGs are
@@ -237,7 +237,7 @@ class DualEncoder:
             with torch.autocast(device_type, torch.bfloat16):
                 features = self._image_tower(pixels)
                 return features.float()
-        # the same float32 products, from the faster library on this processor
+        # the same float32 products, computed by the library that is faster on this processor
         with torch.autocast(device_type, enabled=False), fast_products(self.device):
             features = self._image_tower(pixels)
             return features.float()
@@ -256,7 +256,7 @@ class DualEncoder:
         return _normalise(rows)
 
     def encode_prompts(self, texts: Sequence[str]) -> Tensor:
-        """Return what ``encode_texts`` returns, from the user's cache if stored there."""
+        """Return embeddings as ``encode_texts`` does, from the user's cache if stored there."""
         if self._text_cache_key is None:
             return self.encode_texts(texts)
         key = digest([self._text_cache_key, self.device.type, list(texts)])
@@ -275,6 +275,7 @@ class DualEncoder:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
         float32_rows = rows.float()
+        # tensors from inference mode cannot be trained on, but a copy made outside this mode can
         trainable_rows = float32_rows.clone()
         return trainable_rows.cpu()
 

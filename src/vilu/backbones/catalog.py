@@ -29,9 +29,10 @@ SLOW_SECONDS = 2.0
 """Loading times above this limit in seconds are logged."""
 
 CONFIG_FILES = {"open_clip": "open_clip_config.json", "hf": "config.json"}
-"""Library for loading named backbones -> file by which a model folder is recognised.
+"""Maps a library that loads named backbones to a file name.
 
-A library's name is also the name of the ``BackboneKind`` that loads with this library.
+A model folder for the library is recognised by this file. The library's name is also the name of
+the ``BackboneKind`` that loads with this library.
 """
 
 DEFAULT_LIBRARY = "open_clip"  # for a hub model if the spec names no library
@@ -50,7 +51,7 @@ class NamedBackbone:
     feature_dim: int  # width F of the image features
     image_size: int  # image height and width in pixels
     context_length: int  # number of tokens per text, including special tokens
-    quick_gelu: bool  # whether the model uses QuickGELU, x sigmoid(1.702 x), in place of GELU
+    quick_gelu: bool  # whether the model uses QuickGELU, x * sigmoid(1.702 x), in place of GELU
     # Whether the model uses the tanh approximation of GELU, Flax's default. For such models,
     # transformers uses the approximation. open_clip uses the approximation only on request.
     tanh_gelu: bool
@@ -80,11 +81,11 @@ class BackboneKind:
 
 
 BACKBONES: Final = Catalogue[NamedBackbone | BackboneKind]("backbone", "vilu.backbones")
-"""Name -> backbone: built-in (``assets/backbones.toml``), added and installed backbones."""
+"""Maps a name to a backbone: built-in (``assets/backbones.toml``), added, or installed."""
 
 
 def named_backbones() -> dict[str, NamedBackbone]:
-    """Map names to backbones, for single models. Backbone kinds are left out."""
+    """Return the backbones that are single models, by name. Backbone kinds are left out."""
     models = {}
     for name, entry in BACKBONES.items():
         if isinstance(entry, NamedBackbone):
@@ -107,7 +108,7 @@ def find_named_backbone(spec: str, models: Path | None = None) -> NamedSource | 
     """Find NAME, NAME@open_clip or NAME@hf on the hub, or in the sub-folder NAME in ``models``.
 
     If ``spec`` names no library, open_clip loads hub models. For a model in a folder, the
-    configuration file there decides the library. Returns None if ``spec`` is no named backbone.
+    configuration file there decides the library. Returns None if ``spec`` names no such backbone.
     """
     name, at_sign, library = spec.partition("@")
     model = BACKBONES.get(name)
@@ -235,7 +236,8 @@ def load_backbone(
     logger.info("loading %s ...", spec)
     start = time.monotonic()
     with track(f"load {spec}", total=None, unit="steps"), SeparateGenerator():
-        load = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
+        load = getattr(module, function_name)
         torch_device = resolve_device(device)
         backbone: Backbone = load(argument, torch_device, precision, **options)
     seconds = time.monotonic() - start
@@ -251,7 +253,7 @@ def load_backbone(
 
 
 def _unknown_backbone(spec: str, kind: str) -> UsageError:
-    """Make the error for a spec without a backbone. ``kind`` is the spec's part before ":"."""
+    """Return the error for a spec without a backbone. ``kind`` is the spec's part before ":"."""
     known_names = list(BACKBONES)
     name, _, _ = kind.partition("@")
     hint = did_you_mean(name, known_names, cutoff=0.5)

@@ -64,8 +64,9 @@ class ClosedFormHead(nn.Module):
         P  = (Wc^T Wc + ridge * I)^-1 Wc^T Tc
         r  = normalise((f - mean_feature) P)
 
-    The image embedding is (a, r), and a text t has the embedding (t, t). Therefore the two
-    embeddings' cosine is the mean of cos(a, t) and cos(r, t).
+    The image embedding is (a, r). A text has the embedding (t, t), where t is the normalised
+    difference between its sentence embedding and mean(T). Therefore the cosine between both is the
+    mean of cos(a, t) and cos(r, t).
 
     Args:
         weight: (C, F) classifier weights W.
@@ -91,7 +92,7 @@ class ClosedFormHead(nn.Module):
         self.weight = nn.Buffer(weight)
         self.bias = nn.Buffer(bias)
         self.text_mean = nn.Buffer(text_mean)
-        self.class_text = nn.Buffer(centred_text)
+        self.class_text = nn.Buffer(centred_text)  # Tc in the docstring
         self.mean_feature = nn.Buffer(mean_feature.float())
         self.projection = nn.Buffer(projection.float())
 
@@ -111,12 +112,15 @@ class ClosedFormHead(nn.Module):
 
 
 def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
-    """Compute E[min(max(x, 0), 6)] for x ~ N(mean, std^2), elementwise in float64.
+    """Compute the expected ReLU6 output min(max(x, 0), 6) for x ~ N(mean, std^2), in float64.
 
-        E = std (h(mean / std) - h((mean - 6) / std)),    h(z) = z Phi(z) + phi(z)
+    Phi is the standard normal distribution function, and phi its density. The result is
 
-    A ReLU6's inputs after a batch norm have the batch norm's shift as mean and its scale as std. So
-    the mean feature over the training set can be computed without the training set.
+        std * [h(mean / std) - h((mean - 6) / std)],    h(z) = z Phi(z) + phi(z)
+
+    After a batch norm, the inputs to a ReLU6 have the norm's shift as mean, and the norm's scale as
+    standard deviation. So the mean feature over the training set can be computed without the
+    training set.
     """
     mean = mean.double()
     std = std.double().abs()
@@ -126,7 +130,7 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _expected_hinge(z: Tensor) -> Tensor:
-    """Compute h(z) = z Phi(z) + phi(z) = E[max(z + e, 0)] for e ~ N(0, 1)."""
+    """Compute h(z) = z Phi(z) + phi(z), the expectation of max(z + e, 0) for e ~ N(0, 1)."""
     exponent = -z.square() / 2
     density = torch.exp(exponent) / math.sqrt(2 * math.pi)
     distribution = torch.special.ndtr(z)
@@ -287,7 +291,7 @@ class _LazyModel:
 def _find_files() -> WeightFiles:
     """Find the weight files.
 
-    The SHA-256 also covers the class prompts and the model's constants.
+    The SHA-256 in the result also covers the class prompts and the model's constants.
     """
     # transformers is imported only for encoding a text. If transformers is missing, the error is
     # raised now.
@@ -303,7 +307,7 @@ def _find_files() -> WeightFiles:
         PROMPT_TEMPLATE,
         imagenet_class_names(),
         RIDGE_STRENGTH,
-        "mean feature from batch norm",
+        "mean feature from batch norm",  # how the head's ``mean_feature`` is computed
     ]
     facts_as_json = json.dumps(facts_to_hash)
     sha256 = bytes_hash(facts_as_json.encode())

@@ -125,11 +125,10 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network: maps images (B, 3, H, W), with H and W multiples of 32, to features.
+    """The network. It maps images (B, 3, H, W) to features (B, ``N_FEATURES``).
 
-    The features are (B, ``N_FEATURES``). The classifier is not applied. The classifier is a member,
-    because the compact model uses the classifier's weights. The weights are in the order of the
-    layers.
+    H and W are multiples of 32. The classifier is not applied. It is a member, because the compact
+    model uses the classifier's weights. The weights are in the order of the layers.
     """
 
     def __init__(self) -> None:
@@ -158,8 +157,8 @@ class EfficientNetLite0(nn.Module):
     def merge_norms(self) -> None:
         """Multiply all batch norms into the convolutions' weights.
 
-        Afterwards an image takes two thirds of the former time, because no batch norm has to read
-        and write the channels. The network can no longer be trained.
+        An image then takes two thirds of the time, because no batch norm has to read and write the
+        channels. The network can no longer be trained.
         """
         for module in self.modules():
             if isinstance(module, Convolution):

@@ -112,14 +112,16 @@ class Towers:
         return cast("Tensor", inputs["pixel_values"][0])
 
     def resized_side(self) -> int | None:
-        """Return the length to which an image's shorter side is resized, or a larger number.
+        """Return an upper limit for the length to which an image's shorter side is resized.
 
-        Returns None if the processor does not resize.
+        Return None if the processor does not resize.
         """
         settings = self.processor.image_processor.to_dict()
         if not settings.get("do_resize") or not settings.get("size"):
             return None
-        lengths = [length for length in dict(settings["size"]).values() if length]
+        # such as {"shortest_edge": 224}, or {"height": 224, "width": 224}
+        size = dict(settings["size"])
+        lengths = [length for length in size.values() if length]
         return max(lengths, default=None)
 
     def pixel_settings(self) -> str:
@@ -195,8 +197,8 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     """Load a transformers dual encoder with the model's processor, logit scale and bias.
 
     Args:
-        argument: ORG/NAME on the hub, or a folder written by ``save_pretrained``, called on the
-            model and on the processor.
+        argument: ORG/NAME on the hub, or a folder in which both the model and the processor were
+            saved by ``save_pretrained``.
         device: The model's device.
         precision: "fp32" or "bf16" (image tower in bfloat16).
     """

@@ -107,6 +107,7 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
     except (_MissingFileError, ProvenanceError) as error:
         cache_error = error
     is_reachable = is_hub_reachable()
+    # no download can replace the files that do not match
     if not is_reachable and isinstance(cache_error, ProvenanceError):
         raise cache_error
     reason = "the hub cannot be reached"

@@ -189,7 +189,8 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     limit = tokenizer.context_length
     tokens = tokenizer(texts)
     tokens_of_longer_limit = tokenizer(texts, context_length=limit + 1)
-    is_truncated = (tokens != tokens_of_longer_limit[:, :limit]).any(dim=1)
+    is_different = tokens != tokens_of_longer_limit[:, :limit]
+    is_truncated = is_different.any(dim=1)
     return [bool(flag) for flag in is_truncated]
 
 

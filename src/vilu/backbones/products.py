@@ -2,8 +2,9 @@
 
 torch multiplies float32 matrices by MKL. MKL chooses code by the processor's maker, and does not
 use AVX-512 instructions on AMD processors. oneDNN, a part of torch, uses these instructions:
-ViT-B/32 then takes 0.74 of the time per image. ``nn.MultiheadAttention`` still multiplies by MKL,
-because torch runs attention as a single function, out of reach for ``ProductsByOneDNN``.
+ViT-B/32 then takes 74 % of the time per image. ``nn.MultiheadAttention`` still multiplies by MKL,
+because torch runs attention as a single function. ``ProductsByOneDNN`` cannot change the products
+in this function.
 
 A convolution with a one-pixel kernel is a product, too. With a single thread, torch runs this
 convolution by oneDNN only for batches of at least 16 images. Without this module, an image in a
@@ -53,6 +54,7 @@ def _linear(
     """Multiply rows (..., F_in) by the transposed weight (F_out, F_in), and add bias (F_out,)."""
     if input.dtype != torch.float32 or weight.dtype != torch.float32:
         return functional.linear(input, weight, bias)
+    # the last three arguments mean that no activation follows
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return product
 
@@ -71,7 +73,8 @@ def _convolution(
     oneDNN computes the result for images (B, C, H, W) and a one-pixel kernel.
     """
     is_float32 = input.dtype == weight.dtype == torch.float32
-    is_product = input.dim() == 4 and weight.shape[2:] == (1, 1) and groups == 1
+    has_one_pixel_kernel = weight.shape[2:] == (1, 1)
+    is_product = input.dim() == 4 and has_one_pixel_kernel and groups == 1
     # ``nn.Conv2d`` passes these tuples if stride and padding are the defaults
     is_plain = stride == (1, 1) and padding == (0, 0)
     if is_float32 and is_product and is_plain:
@@ -83,7 +86,7 @@ def _convolution(
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[object]:
-    """Compute products on a device by oneDNN within the block, if oneDNN is faster there.
+    """Return a context in which oneDNN computes products on a device, if oneDNN is faster there.
 
     The context has an effect only in the calling thread. Products from this context cannot be
     differentiated. While a model is exported, the context does nothing, because ONNX has no oneDNN

@@ -81,7 +81,7 @@ def embed_class_names(
 def embed_names(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return embeddings (K, D) like ``embed_class_names``, without warning about similar rows.
 
-    This function is for words that are no candidates. Similar words do no harm there.
+    This function is for words that are not candidates. Among such words, similar ones do no harm.
     """
     mean_over_templates = embed_prompts(backbone, names, templates).mean(dim=1)
     return functional.normalize(mean_over_templates, dim=-1)
@@ -96,6 +96,7 @@ def embed_prompts(backbone: Backbone, names: Sequence[str], templates: Sequence[
     # Each name is encoded once. Otherwise equal names in different batches could get differently
     # rounded embeddings.
     distinct_names = tuple(dict.fromkeys(names))
+    # ``encode_prompts`` also looks into the user's cache
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     prompts = fill_templates(distinct_names, templates)
     prompt_rows = encode(prompts)
@@ -103,7 +104,8 @@ def embed_prompts(backbone: Backbone, names: Sequence[str], templates: Sequence[
     if len(distinct_names) == len(names):
         return rows
     row_of_name = {name: row for row, name in enumerate(distinct_names)}
-    return rows[[row_of_name[name] for name in names]]
+    row_indices = [row_of_name[name] for name in names]
+    return rows[row_indices]
 
 
 def _check_templates(templates: Sequence[str]) -> None:
@@ -142,12 +144,16 @@ def prompts_with_two_articles(names: Sequence[str], templates: Sequence[str]) ->
         >>> prompts_with_two_articles(["a shoe", "coat"], ["a photo of {}."])
         []
     """
-    names_with_article = [name for name in names if _is_determiner(name.split()[:1])]
+    names_with_article: list[str] = []
+    for name in names:
+        first_words = name.split()[:1]
+        if _is_determiner(first_words):
+            names_with_article.append(name)
     prompts: list[str] = []
     for template in templates:
         text_before_name, _, _ = template.partition("{}")
-        last_word = text_before_name.split()[-1:]
-        if _is_determiner(last_word):
+        last_words = text_before_name.split()[-1:]  # one word, or none before the name
+        if _is_determiner(last_words):
             prompts += fill_templates(names_with_article, [template])
     return prompts
 
@@ -177,7 +183,7 @@ def describe_prompts(names: Sequence[str], templates: Sequence[str]) -> str:
 def expand_template_names(names_or_templates: Sequence[str]) -> tuple[str, ...]:
     """Replace each set name in ``TEMPLATES`` by the set's templates.
 
-    A text that is no set name is a template.
+    Every other text is a template, and stays.
     """
     templates: list[str] = []
     for text in names_or_templates:

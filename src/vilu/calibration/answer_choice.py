@@ -51,10 +51,11 @@ def choose_answer(
 ) -> AnswerChoice:
     """Choose between the zero-shot answers and the own answers of a fitted predictor.
 
-    Both kinds of answers are compared on held-out labelled rows. The measure is coverage at a risk:
-    the largest share of accepted rows with a share ``max_risk`` of wrong answers. The own
-    ("adapted") answers are chosen unless adapted answers clearly lose coverage. A loss is clear if
-    the 80 % interval for the gain in coverage lies below zero (paired bootstrap over rows).
+    The own answers are called adapted. Both kinds of answers are compared on held-out labelled
+    rows. The measure is coverage at a risk: the largest share of rows that a threshold can accept
+    with at most the share ``max_risk`` of wrong answers among the accepted rows. The adapted
+    answers are chosen unless the coverage clearly drops. A drop is clear if the 80 % interval for
+    the gain in coverage lies below zero (paired bootstrap over rows).
 
     If the fit held out rows, the answers are compared on these rows. Otherwise the training rows
     are divided into folds. For each fold, a copy of the predictor is fitted to the rows outside the
@@ -96,7 +97,7 @@ def choose_answer(
 
 
 def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoice:
-    """Choose the adapted answers, unless these clearly lose coverage on the held-out rows."""
+    """Choose the adapted answers, unless they clearly lose coverage on the held-out rows."""
     coverage_kernel = partial(coverage_at_risk_kernel, risk=max_risk)
     gain = paired_across_answers(
         coverage_kernel, held_out.adapted, held_out.zero_shot, confidence=GAIN_CONFIDENCE
@@ -117,9 +118,10 @@ def _choose_by_coverage(held_out: HeldOutAnswers, max_risk: float) -> AnswerChoi
 def _held_out_answers(
     predictor: FailurePredictor, train: EmbeddingSource, unlabelled: EmbeddingSource | None
 ) -> HeldOutAnswers | None:
-    """Return both kinds of answers to held-out rows from the fit, or else to cross-fit rows.
+    """Return both kinds of answers to the rows that the fit held out.
 
-    None if no cross-fit is possible, because some class has no label outside some fold.
+    If the fit held out no rows, the predictor is fitted again for each fold, without the fold's
+    rows. None if some class has no label outside some fold, because then no such fit is possible.
     """
     if predictor.held_out_ is not None:
         return predictor.held_out_

@@ -1,18 +1,21 @@
 """Thresholds that may be tested again after every label, with anytime-valid evidence.
 
 Fix a threshold t. The accepted answers are labelled one after another. The answers are independent
-draws, each wrong with probability R(t). A bet b in (0, 1] against "the error rate is above r"
-multiplies a wealth at every label by
+draws, each wrong with probability R(t). A bet b in (0, 1] against "the error rate is above r" has a
+wealth, which begins at 1. Let wrong be 1 for a wrong answer and 0 for a right answer. Every label
+multiplies the wealth by
 
-    1 - b (wrong - r) / (1 - r),    with a mean of at most 1 where R(t) >= r.
+    1 - b (wrong - r) / (1 - r).
 
-If k of the first m answers are wrong, the wealth after m labels is
+The mean of this factor is at most 1 where R(t) >= r. If k of the first m answers are wrong, the
+wealth after m labels is
 
     (1 - b)^k (1 + b r / (1 - r))^(m - k).
 
-E(t) is the mean wealth of several bets. Where R(t) >= r, the probability that E(t) ever reaches
-1 / a is at most a (Ville 1939). So labelling may go on until a threshold is certified, and every
-look uses the same level. An exact binomial test that is repeated at every look would not be valid.
+E(t) is the mean wealth of several bets. Let a in (0, 1) be a level. Where R(t) >= r, the
+probability that E(t) ever reaches 1 / a is at most a (Ville 1939). So labelling may go on until a
+threshold is certified, and every look uses the same level. An exact binomial test that is repeated
+at every look would not be valid.
 """
 
 from __future__ import annotations
@@ -40,14 +43,18 @@ exact test for a single look needs 59.
 """
 
 N_THRESHOLDS_UP_TO_LIMIT: Final = 64
-"""Number of thresholds in a grid up to the limit."""
+"""Number of thresholds in a grid up to the uncertainty limit for labelling.
+
+Only rows with an uncertainty up to this limit are labelled.
+"""
 
 SEQUENCE_STARTS: Final = ((40, 0.3), (N_THRESHOLDS_UP_TO_LIMIT, 0.7))
 """For every sequence of thresholds: number of the first threshold, and the share of the level.
 
 Thresholds are numbered from 1. The thresholds 1 to ``N_THRESHOLDS_UP_TO_LIMIT`` divide the rows up
-to the limit into equal parts, so threshold ``N_THRESHOLDS_UP_TO_LIMIT`` is the limit. The sequence
-that starts there gets the largest share, because this sequence's first test uses all labels.
+to the limit into equal parts. So threshold ``N_THRESHOLDS_UP_TO_LIMIT`` accepts all rows up to the
+limit, and its test uses all labels. Therefore the sequence that starts there gets the largest
+share.
 """
 
 GROWTH_BEYOND_LIMIT: Final = 1.02
@@ -73,6 +80,7 @@ def log_evidence(n_wrong: ArrayLike, n_accepted: ArrayLike, max_risk: float) -> 
         72
     """
     bets, wealth_shares = np.array(BETS_WITH_SHARES).T
+    # The added last axis is for the bets.
     k = np.asarray(n_wrong, dtype=np.float64)[..., None]
     m = np.asarray(n_accepted, dtype=np.float64)[..., None]
     # Logarithms are added, because after thousands of labels the wealth leaves the float64 range.
@@ -91,9 +99,9 @@ def n_right_labels_needed(max_risk: float, delta: float) -> int:
 
 
 def n_labels_needed(n_wrong: int, max_risk: float, delta: float) -> int:
-    """Return the smallest number of labels that certifies a threshold with ``n_wrong`` errors.
+    """Return the smallest number of labels that certifies a threshold at level delta.
 
-    The level is delta.
+    ``n_wrong`` of these labels are for wrong answers.
 
     Examples:
         >>> from vilu.calibration.anytime import n_labels_needed
@@ -106,7 +114,9 @@ def n_labels_needed(n_wrong: int, max_risk: float, delta: float) -> int:
 
     # Every bet wins at a right answer. So the evidence rises with the number of right answers, and
     # bisection finds the smallest sufficient number.
-    return n_wrong + bisect_left(range(MAX_SEARCHED_ROWS), -math.log(delta), key=evidence_of)
+    log_evidence_needed = -math.log(delta)  # log of 1 / delta
+    n_right = bisect_left(range(MAX_SEARCHED_ROWS), log_evidence_needed, key=evidence_of)
+    return n_wrong + n_right
 
 
 def level_of(attempt: int, delta: float) -> float:
@@ -150,10 +160,10 @@ def threshold_grid(uncertainty: Floats, limit: float) -> Floats:
 
 
 def n_accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Return each threshold's accepted rows (G,) in ``threshold_grid``, relative to the limit.
+    """Return each threshold's number of accepted rows (G,), divided by the number up to the limit.
 
-    The accepted row count is divided by the row count up to the limit. The quotients are
-    not rounded to whole rows, and depend only on the number of thresholds.
+    The thresholds are those of ``threshold_grid``. The quotients are not rounded to whole rows, so
+    they depend only on the number of thresholds.
     """
     threshold_number = np.arange(1, n_thresholds + 1)
     share_up_to_limit = np.minimum(threshold_number / N_THRESHOLDS_UP_TO_LIMIT, 1.0)
@@ -244,7 +254,8 @@ class ThresholdTests:
     @property
     def last_tested_index(self) -> int:
         """Index of the laxest threshold up to the limit."""
-        return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
+        n_up_to_limit = int(np.searchsorted(self.grid, self.limit, side="right"))
+        return n_up_to_limit - 1
 
     def count_wrong_and_accepted(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
@@ -253,8 +264,8 @@ class ThresholdTests:
         """
         threshold = self.grid[:, None]  # (G, 1)
         is_accepted = uncertainty <= threshold  # (G, N)
-        is_wrong = is_accepted & (failure == 1)
-        return is_wrong.sum(axis=1), is_accepted.sum(axis=1)
+        is_accepted_and_wrong = is_accepted & (failure == 1)
+        return is_accepted_and_wrong.sum(axis=1), is_accepted.sum(axis=1)
 
     def index_of_laxest_certified_threshold(self, uncertainty: Floats, failure: Ints) -> int | None:
         """Return the index of the laxest threshold certified by the labels (N,) so far.
@@ -269,7 +280,7 @@ class ThresholdTests:
 
         If not, a test can certify nothing yet. Such a test does not count as a look.
         """
-        # All answers count as right here. So the result does not depend on the labels.
+        # All answers count as right here, so the result does not depend on the labels.
         no_failures = np.zeros(len(uncertainty), dtype=np.int64)
         n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, no_failures)
         return self._laxest_index_by_counts(n_wrong, n_accepted) is not None
@@ -279,16 +290,18 @@ class ThresholdTests:
 
         ``n_wrong`` (G,) and ``n_accepted`` (G,) are the results of ``count_wrong_and_accepted``.
         """
-        # maps a threshold's number to a share of the level
+        # maps the number of a sequence's first threshold to the sequence's share of the level
         share_at_start = dict(SEQUENCE_STARTS)
         level = 0.0
         laxest_index = None
         # Labelled rows are a random sample only up to the limit. So no threshold beyond the limit
         # is tested.
-        evidence = log_evidence(n_wrong, n_accepted, self.max_risk)[: self.last_tested_index + 1]
+        n_tested = self.last_tested_index + 1
+        evidence = log_evidence(n_wrong, n_accepted, self.max_risk)[:n_tested]
         for index, log_e in enumerate(evidence.tolist()):
             threshold_number = index + 1
             level += self.delta * share_at_start.get(threshold_number, 0.0)
+            # log E >= log(1 / level). Without a level nothing is rejected.
             is_rejected = level > 0 and log_e >= -math.log(level)
             if is_rejected:
                 # The next threshold is tested at the full level. A sequence makes an error only by
@@ -307,8 +320,8 @@ class ThresholdTests:
         assumed to be right. None if no number of labels would be enough.
         """
         n_wrong, n_accepted = self.count_wrong_and_accepted(uncertainty, failure)
-        # All new labels are for rows up to the limit. If a threshold accepts half of these rows,
-        # the threshold also accepts about half of the new labels.
+        # All new labels are for rows up to the limit. A threshold that accepts half of these rows
+        # also accepts about half of the newly labelled rows.
         relative_n_accepted = n_accepted_relative_to_limit(len(self.grid))
         relative_at_limit = relative_n_accepted[self.last_tested_index]
         share_accepted = np.minimum(relative_n_accepted / relative_at_limit, 1.0)

@@ -67,7 +67,8 @@ class Calibration(Document):
             the vilu version that loads the predictor.
         n_candidates: Number of candidates in the calibration rows. None for pools.
         classes: Hash of the class names. None without class names.
-        texts: Sketch of the candidates' texts. None for pools.
+        texts: Sketch of the candidates' texts: eight rounded numbers, which differ for other texts.
+            Empty without texts. None for pools.
         pool_size: Number of pairs in a pool. None for classes.
         source: Fingerprint of the calibration data.
         dataset: Name of the data set with the calibration rows.
@@ -146,9 +147,8 @@ class Calibration(Document):
         Raises:
             DataError: If there is no calibration, if the file is damaged, or if the rule does not
                 follow from the calibration rows.
-            ProvenanceError: If the calibration was made for another predictor, or with another
-                schema, or if the guarantee is about clusters and by a test of vilu 0.2.0 that was
-                not valid.
+            ProvenanceError: If the calibration was made for another predictor or with another
+                schema. Also if the rule is by the cluster test of vilu 0.2.0, which was not valid.
 
         Examples:
             >>> import tempfile, vilu
@@ -198,11 +198,12 @@ class Calibration(Document):
     def fingerprint(self) -> str:
         """Hash of the guarantee, the predictor and the data. Scores and monitors save this hash.
 
-        The hash does not depend on the vilu version, or on the bytes in ``calibration.parquet``.
+        The hash depends neither on the vilu version nor on the bytes in ``calibration.parquet``.
         These bytes contain the pyarrow version.
         """
         document = self.model_dump(mode="json")
-        return content_digest(document, "rows_sha256")
+        excluded_key = "rows_sha256"
+        return content_digest(document, excluded_key)
 
     @property
     def guarantee(self) -> Rule | LabelSets | None:
@@ -331,9 +332,9 @@ class Calibration(Document):
 
         Args:
             outcomes: The predictor's scores for N rows.
-            ood: Mask (N,) of the rows that are more probably out of distribution than answered
-                wrongly. If a row in this mask has an uncertainty above the threshold, the reason is
-                "outside".
+            ood: Mask (N,). A row is in the mask if "the picture is outside all classes" is more
+                probable than "the answer is wrong". If such a row has an uncertainty above the
+                threshold, the reason is "outside".
 
         Examples:
             >>> import numpy as np, tempfile, vilu
@@ -359,6 +360,7 @@ class Calibration(Document):
                     reasons[row] = OUTSIDE_REASON
         if self.rule.closed is not None:
             reasons = _reasons_in_folder(reasons, outcomes, self.rule.closed)
+        # A row without a reason for review is accepted.
         decisions = [ACCEPT if reason is None else REVIEW for reason in reasons]
         # A row without an uncertainty is not judged. The reason says why there is no uncertainty.
         for row in np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist():
@@ -367,7 +369,7 @@ class Calibration(Document):
         return dataclasses.replace(outcomes, decision=decisions, decision_reason=reasons)
 
     def _require_right_statements(self, path: Path) -> None:
-        """Raise an error about the file at ``path`` if a statement does not follow from the rows.
+        """Raise an error if the file at ``path`` states what does not follow from the rows.
 
         Raises:
             DataError: If the file is damaged.
@@ -390,8 +392,8 @@ class Calibration(Document):
     def _first_wrong_statement(self) -> str | None:
         """Return the first statement that does not follow from the calibration rows and the target.
 
-        The statement is a clause, such as "it counts 30 calibration rows". None if all statements
-        follow.
+        The statement is a clause such as "it counts 30 calibration rows". None if every statement
+        follows.
         """
         n = int(self.rows.evaluable.sum())
         if self.n != n:
@@ -414,7 +416,10 @@ class Calibration(Document):
         return _first_difference(self.rule, recomputed_rule)
 
     def _is_by_former_cluster_test(self) -> bool:
-        """Return whether vilu 0.2.0 made the rule, for "ratio" without ``largest_cluster``."""
+        """Return whether the rule is by the test of vilu 0.2.0 that was not valid.
+
+        This is the test for the cluster risk "ratio" without ``largest_cluster``.
+        """
         is_ratio = self.target.cluster_risk == "ratio"
         return is_ratio and self.target.largest_cluster is None and self.vilu == "0.2.0"
 
@@ -428,7 +433,8 @@ class Calibration(Document):
         self.target.check_rule(grouped=self.target.per_class)
         groups: Literal["prediction"] | None = "prediction" if self.target.per_class else None
         rule = make_rule(rows, self.target, groups)
-        # The limit was fixed before the rows were drawn, and does not follow from the rows.
+        # The limit was fixed before the rows were drawn. So it does not follow from the rows, and
+        # is copied.
         limit = None if self.rule is None else self.rule.drawn_below
         return rule.model_copy(update={"drawn_below": limit})
 
@@ -448,7 +454,7 @@ class Calibration(Document):
         for name, settings in draws.items():
             rows_of_group = rows.take(group_of_row == name)
             tests_and_rows[name] = (settings.tests(max_risk), rows_of_group)
-        # The photos in a closed set do not follow from the calibration rows.
+        # The photos in a closed set do not follow from the calibration rows, so they are copied.
         closed_photos = None if self.rule is None else self.rule.closed
         return make_anytime_rule(tests_and_rows, max_risk, self.target.confidence, closed_photos)
 
@@ -476,7 +482,10 @@ def _reasons_in_folder(
 
 
 def is_above_limit(rows: Outcomes, limit: float) -> NDArray[np.bool_]:
-    """Return the mask (N,) of the rows with an uncertainty above ``limit``, a draw's limit."""
+    """Return the mask (N,) of the rows with an uncertainty above ``limit``.
+
+    Only rows up to ``limit`` were drawn to be labelled.
+    """
     # If a row is scored again in another batch, the last digits of the score may change.
     tolerance = SCORE_TOLERANCE * abs(limit)
     return rows.uncertainty > limit + tolerance
@@ -509,6 +518,8 @@ def _first_difference(rule: Rule, recomputed_rule: Rule) -> str | None:
         if not _is_same_threshold(threshold, recomputed_rule.thresholds[group]):
             for_group = f" for {group!r}" if group else ""
             return f"{threshold}{for_group}"
+    # The thresholds are compared above. The counts do not follow from the saved rows, because only
+    # a single labelled row per picture is saved.
     fields_not_compared = {"thresholds", "counted"}
     saved_fields = rule.model_dump(exclude=fields_not_compared)
     recomputed_fields = recomputed_rule.model_dump(exclude=fields_not_compared)
@@ -535,9 +546,9 @@ def _is_same_threshold(threshold: Threshold, recomputed_threshold: Threshold) ->
 
 
 def _candidate_facts(data: EmbeddingSource) -> dict[str, Any]:
-    """Return the candidate count, the hash over class names, and the pool size, by field name.
+    """Return the candidate count, the hash of the class names, and the pool size, by field name.
 
-    A guarantee holds only for data with the facts of the calibration rows.
+    A guarantee holds only for data with the same values as the calibration rows.
     """
     hash_of_names = None
     if data.class_names is not None:
@@ -556,9 +567,10 @@ def _candidates_in_words(facts: dict[str, Any]) -> str:
 def save_calibration(
     folder: Path, rows: Outcomes, data: EmbeddingSource, **fields: object
 ) -> Calibration:
-    """Write the calibration rows from ``data``, and then the calibration with the rows' hash.
+    """Write the calibration rows, and then the calibration with the hash of these rows.
 
-    ``fields`` are the calibration fields that do not follow from ``rows`` and ``data``.
+    ``data`` is the source of the rows. ``fields`` are the calibration fields that do not follow
+    from ``rows`` and ``data``.
     """
     content = parquet_bytes(*rows.table())
     write_bytes(folder / ROWS, content)
@@ -576,7 +588,10 @@ def save_calibration(
 
 
 def _read_rows(folder: Path, sha256: str) -> Outcomes:
-    """Read the calibration rows in a folder. DataError for missing rows or a different hash."""
+    """Read the calibration rows in a folder.
+
+    A missing file, or a file with another hash than ``sha256``, is a DataError.
+    """
     path = folder / ROWS
     if not path.is_file():
         raise DataError(f"{path} is missing. {RECALIBRATE_ADVICE}.")
@@ -588,7 +603,7 @@ def _read_rows(folder: Path, sha256: str) -> Outcomes:
 def has_guarantee(rule_or_sets: Rule | LabelSets | None) -> bool:
     """Return whether a rule or label sets guarantee anything.
 
-    A rule that accepts nothing does not.
+    A rule that accepts nothing guarantees nothing.
     """
     if rule_or_sets is None:
         return False

@@ -119,10 +119,12 @@ def log_evidence(
         >>> evidence = log_evidence(0, [1, 2], n_photos=4, min_n_wrong=2, max_risk=0.5)
         >>> np.exp(evidence).round(4).tolist()
         [1.9, 5.4409]
-        >>> # After a wrong first label, the likeliest number is 4: (0.5 / 10) / (4 / 4)
+        >>> # After a wrong first label, the likeliest number of wrong answers is 4. The evidence is
+        >>> # (0.5 / 10) / (4 / 4).
         >>> round(math.exp(log_evidence(1, 1, n_photos=4, min_n_wrong=2, max_risk=0.5)), 4)
         0.05
-        >>> # 80 of 500 photos are drawn, and no answer is wrong: can 22 of all 500 be wrong?
+        >>> # 80 of 500 photos are drawn, and no answer is wrong. Is "22 or more of all 500 answers
+        >>> # are wrong" rejected at the level 1 / 20?
         >>> bool(log_evidence(0, 80, 500, 22, 0.05) >= math.log(20))
         True
     """
@@ -132,21 +134,24 @@ def log_evidence(
     # The probability of the labels rises with the number of wrong answers up to the mode and falls
     # beyond the mode. So the evidence against all numbers from ``min_n_wrong`` on is least at
     # ``min_n_wrong``, or at the mode if the mode is larger.
+    smallest_n_wrong = np.asarray(min_n_wrong, dtype=np.float64)
     mode = np.floor(k * (c + 1) / np.maximum(m, 1))
-    tested_n_wrong = np.maximum(np.asarray(min_n_wrong, dtype=np.float64), np.minimum(mode, c))
+    tested_n_wrong = np.maximum(smallest_n_wrong, np.minimum(mode, c))
     # m - k of the drawn answers are right. This is impossible if the whole set has fewer than m - k
     # right answers.
     n_right = c - tested_n_wrong
     is_impossible = n_right < m - k
-    # Where the labels are impossible, the valid number k is used. The result is replaced below.
+    # Where the labels are impossible, k takes the place of the tested number, only to keep the
+    # logarithms finite. The evidence there is set to infinity below.
     n_wrong = np.where(is_impossible, k, tested_n_wrong)
-    # log probability of the labels if n_wrong answers are wrong
+    # log probability of the m labels, in the drawn order, if n_wrong of c answers are wrong
     log_null = (
         _log_falling_factorial(n_wrong, k)
         + _log_falling_factorial(c - n_wrong, m - k)
         - _log_falling_factorial(c, m)
     )
-    # log probability of the labels if the share of wrong answers has the beta distribution
+    # log probability of the labels if the share of wrong answers has the beta distribution. This
+    # distribution has the mean PRIOR_A / (PRIOR_A + prior_b) = PRIOR_RELATIVE_MEAN * max_risk.
     prior_b = PRIOR_A / (PRIOR_RELATIVE_MEAN * max_risk) - PRIOR_A
     log_bet = betaln(PRIOR_A + k, prior_b + m - k) - betaln(PRIOR_A, prior_b)
     evidence: Floats = np.where(is_impossible, np.inf, log_bet - log_null)
@@ -155,8 +160,9 @@ def log_evidence(
 
 def level_shares(n_thresholds: int) -> Floats:
     """Return each threshold's share (G,) of the level, fixed before any label is seen."""
-    shares = np.full(n_thresholds, LEVEL_SHARE_BELOW_LIMIT / (N_THRESHOLDS_UP_TO_LIMIT - 1))
-    shares[N_THRESHOLDS_UP_TO_LIMIT - 1] = LEVEL_SHARE_AT_LIMIT
+    n_below_limit = N_THRESHOLDS_UP_TO_LIMIT - 1
+    shares = np.full(n_thresholds, LEVEL_SHARE_BELOW_LIMIT / n_below_limit)
+    shares[n_below_limit] = LEVEL_SHARE_AT_LIMIT
     # Threshold number j = 1, 2, ... beyond the first limit gets the part 1 / (j (j + 1)) of
     # LEVEL_SHARE_BEYOND_LIMIT. These parts add up to at most 1, for any number of thresholds. So
     # the shares for a grid of any length add up to at most 1.
@@ -285,8 +291,8 @@ class ClosedSetTests:
         >>> no_failure = np.zeros(0, int)
         >>> counts = ClosedCounts.of(grid, photos, np.zeros(0), aside_failure=no_failure)
         >>> tests = ClosedSetTests(grid, max_risk=0.05, delta=0.05, photo_counts=counts)
-        >>> drawn = photos[::5]  # 100 of them are labelled
-        >>> failure = np.zeros(100, int)  # and no answer is wrong
+        >>> drawn = photos[::5]  # 100 of the photos are labelled
+        >>> failure = np.zeros(100, int)  # no answer is wrong
         >>> # the last threshold is certified, for the 400 photos without a label
         >>> tests.index_of_laxest_certified_threshold(drawn, failure)
         63
@@ -314,7 +320,8 @@ class ClosedSetTests:
     @property
     def last_tested_index(self) -> int:
         """Index of the laxest threshold up to the limit."""
-        return int(np.searchsorted(self.grid, self.limit, side="right")) - 1
+        n_up_to_limit = int(np.searchsorted(self.grid, self.limit, side="right"))
+        return n_up_to_limit - 1
 
     def count_wrong_and_accepted(self, uncertainty: Floats, failure: Ints) -> tuple[Ints, Ints]:
         """Count for each threshold (G,) the accepted wrong answers, and all accepted answers.
@@ -357,13 +364,11 @@ class ClosedSetTests:
         n_unlabelled = self.count_unlabelled(n_drawn)
         n_known_wrong = n_wrong + np.array(self.photo_counts.aside_wrong)
         n_tolerated = n_known_wrong + np.floor(self.max_risk * n_unlabelled).astype(np.int64)
-        up_to_limit = slice(0, self.last_tested_index + 1)  # the tested thresholds
-        evidence = self._evidence(
-            n_wrong[up_to_limit], n_drawn[up_to_limit], n_tolerated[up_to_limit]
-        )
+        n_tested = self.last_tested_index + 1  # number of thresholds up to the limit
+        evidence = self._evidence(n_wrong[:n_tested], n_drawn[:n_tested], n_tolerated[:n_tested])
         is_rejected = evidence >= -math.log(self.delta)
         # A guarantee about no photo at all would be true, but useless.
-        has_unlabelled = n_unlabelled[up_to_limit] > 0
+        has_unlabelled = n_unlabelled[:n_tested] > 0
         certified_indices = np.flatnonzero(is_rejected & has_unlabelled)
         return int(certified_indices[-1]) if len(certified_indices) else None
 
@@ -376,9 +381,10 @@ class ClosedSetTests:
             n_tolerated: (T,) largest number of wrong answers under a true guarantee.
         """
         n_photos = np.array(self.photo_counts.photos[: len(n_wrong)])
-        # A matrix (T, T): the rows are thresholds with a tested guarantee, and the columns are
-        # thresholds with labels as evidence. Wrong answers up to the row's threshold are also wrong
-        # answers up to a laxer threshold in a column. So all these columns test the row's number.
+        # ``log_e`` is a matrix (T, T). A matrix row stands for the threshold with the tested
+        # guarantee, and a column for the threshold with the labels that are evidence. If n answers
+        # are wrong up to the row's threshold, at least n are wrong up to every laxer threshold. So
+        # the columns of laxer thresholds test the row's number, too.
         min_n_wrong = n_tolerated[:, None] + 1
         log_e = log_evidence(n_wrong, n_drawn, n_photos, min_n_wrong, self.max_risk)
         # True where the column's threshold is laxer than the row's threshold, or equal
@@ -411,7 +417,7 @@ class ClosedSetTests:
         rounded_up = np.ceil(evenly_spaced)
         distinct_numbers = np.unique(rounded_up.astype(np.int64))
         numbers_to_try: list[int] = distinct_numbers.tolist()
-        too_small = -1
+        too_small = -1  # no number was tried yet
         for n_more in numbers_to_try:
             if is_enough(n_more):
                 numbers_between = range(too_small + 1, n_more)
@@ -424,13 +430,15 @@ class ClosedSetTests:
         """Return whether more labels would certify a threshold, at the same error rates.
 
         Args:
-            n_wrong: (G,) number of wrong answers up to each grid point.
-            n_drawn: (G,) number of labels up to each grid point.
-            n_more: Number of further labels, for photos up to the limit.
+            n_wrong: (G,) number of wrong answers among the drawn photos, for each threshold.
+            n_drawn: (G,) number of accepted drawn photos, for each threshold.
+            n_more: Number of additional labels, for photos up to the limit.
         """
         error_rate = n_wrong / np.maximum(n_drawn, 1)
         n_unlabelled = self.count_unlabelled(n_drawn)
         n_up_to_limit = int(n_unlabelled[self.last_tested_index])
+        # The next photos are drawn from the unlabelled photos up to the limit. A threshold that
+        # accepts half of them accepts about half of the newly drawn photos.
         n_more_drawn = np.floor(n_more * n_unlabelled / max(n_up_to_limit, 1)).astype(np.int64)
         n_drawn_then = n_drawn + n_more_drawn
         # The numbers are rounded up, so that the estimate is not too small.

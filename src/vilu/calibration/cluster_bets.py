@@ -15,10 +15,10 @@ bets. The inequality holds for this mean, too. H_t, "R(t) is r or more", is reje
 where E(t) >= 1 / a (Markov's inequality). With M = 1 these are the bets in
 ``vilu.calibration.anytime``.
 
-**Starts.** A random tenth of the clusters is set aside. The scores in this tenth fix the starts of
-the sequences. Labels have no effect. The starts are thresholds: 25, 50, 70 and 90 % of these rows
-lie below the starts. The clusters set aside are not tested. So for the tested clusters, the starts
-are fixed thresholds.
+**Starts.** A random tenth of the clusters is set aside. The scores in this tenth fix the thresholds
+at which sequences of tests start: the quantiles 25, 50, 70, 90 and 100 % of these scores. Labels
+have no effect. The clusters set aside are not tested. So for the tested clusters, the starts are
+fixed thresholds.
 
 **Fixed sequences.** From a start on, thresholds are tested from strict to lax until an H_t is not
 rejected. If a sequence reaches the start of the next sequence, the next sequence's level grows by
@@ -39,8 +39,9 @@ hash is the sizing cluster. It is tested with max(Z_c, 0) in place of Z_c, so it
 evidence, and cannot raise it. It must not be left out: of k + 1 clusters with M rows, the test
 would then see only k.
 
-Proof. A cluster of up to M rows has M rows with the probability q. Let f be the mean factor of the
-clusters with M rows, and f' this mean with max(Z_c, 0). At least one of n clusters has M rows.
+Proof. A cluster of up to M rows has M rows with the probability q. Let f be the mean of the factor
+1 - b Z_c(t) / ((1 - r) M) for the clusters with M rows, and f' this mean with max(Z_c, 0) in place
+of Z_c. At least one of n clusters has M rows.
 Under this condition, the mean of E(t) is at most
 
     f' / f (1 - (1 - q f)^n) / (1 - (1 - q)^n) <= 1    where R(t) >= r,
@@ -135,12 +136,14 @@ def _index_of_laxest_certified_threshold(
         # as the lower score. So the evidence at the last score up to the start is used.
         first_index = int(np.searchsorted(scores, start_score, side="right")) - 1
         last_index = int(np.searchsorted(scores, end_score, side="right")) - 1
-        if first_index < 0:
+        if first_index < 0:  # all scores are above the start
             continue
         tested_log_e = log_e[first_index : last_index + 1]
         indices_not_rejected = first_index + np.flatnonzero(tested_log_e < -math.log(level))
+        # ``last_index + 1`` if every threshold is rejected
         first_not_rejected = int(min(indices_not_rejected, default=last_index + 1))
-        # A score below the start was not tested, and so is not certified.
+        # The first score may lie below the start. Such a score was not tested as a threshold, and
+        # so is not certified.
         was_any_rejected = first_not_rejected > first_index
         if was_any_rejected and scores[first_not_rejected - 1] >= start_score:
             laxest_index = first_not_rejected - 1
@@ -171,7 +174,7 @@ def _evidence_after_rows(rows: LabelledRows, max_risk: float) -> Floats:
     cluster = rows.cluster[ascending_rows]
     sum_before_row, sum_with_row = _cluster_sums(is_wrong - max_risk, cluster)
     # The sizing cluster is no random draw. So it may lower the evidence, and never raises it.
-    is_sizing = cluster == rows.sizing_cluster
+    is_sizing = cluster == rows.sizing_cluster  # False for all rows if M was given
     sum_before_row = np.where(is_sizing, np.maximum(sum_before_row, 0), sum_before_row)
     sum_with_row = np.where(is_sizing, np.maximum(sum_with_row, 0), sum_with_row)
     bets, wealth_shares = np.array(BETS_WITH_SHARES).T
@@ -199,7 +202,8 @@ def _cluster_sums(values: Floats, cluster: Ints) -> tuple[Floats, Floats]:
     is_first_of_cluster = np.ones(len(cluster), dtype=np.bool_)
     is_first_of_cluster[1:] = sorted_cluster[1:] != sorted_cluster[:-1]
     row = np.arange(len(cluster))
-    # for each row, the index of the first row in the same cluster
+    # For each row, the index of the first row in the same cluster. With the clusters 4, 4, 7, 7,
+    # ``index_if_first`` is 0, 0, 2, 0, and the running maximum is 0, 0, 2, 2.
     index_if_first = np.where(is_first_of_cluster, row, 0)
     first_row_of_cluster = np.maximum.accumulate(index_if_first)
     # Z_c with a row is the running total over all clusters, minus the total before cluster c.
@@ -219,8 +223,8 @@ def _level_at_start(
 ) -> dict[float, float]:
     """Map each sequence's start, a threshold, to the sequence's level.
 
-    A sequence that could reject nothing, even if all answers were right, gives its level to the
-    next sequence.
+    A sequence gives its level to the next sequence if it could reject nothing, even if all answers
+    were right.
     """
     start_scores = np.sort(start_rows.uncertainty)
     # The tested rows must not move a start. So the number of tested rows is estimated from the
@@ -232,11 +236,13 @@ def _level_at_start(
         level += delta * level_share
         if level == 0:
             continue
-        # In ``anytime``, a single right answer wins as much as a full cluster wins here: a cluster
-        # of M = rows.largest_cluster right rows. So n rows count as n / M full clusters.
+        # A full cluster has M = rows.largest_cluster rows. If all M rows are right, the evidence
+        # here grows as much as the evidence in ``anytime`` grows by a single right answer. So n
+        # rows count as n / M right answers.
         n_full_clusters = row_share * n_rows_expected / rows.largest_cluster
         can_reject = n_full_clusters >= n_right_labels_needed(max_risk, level)
-        if can_reject or row_share == 1:
+        is_last_sequence = row_share == 1
+        if can_reject or is_last_sequence:
             start_rank = math.ceil(row_share * len(start_scores))
             start = float(start_scores[start_rank - 1])
             levels[start] = levels.get(start, 0.0) + level

@@ -69,8 +69,8 @@ class Clusters(FrozenModel):
         """Return scores (N,) to compare with the threshold, from the rows' uncertainties (N,).
 
         For "majority", a row's score is the mean uncertainty in the cluster. For "ratio", a row's
-        score is the row's uncertainty, or ``SCORE_IF_TOO_LARGE`` in a cluster that is too large. In
-        other clusters, a row without an uncertainty has the score NaN.
+        score is the row's uncertainty. Without an uncertainty the score is NaN. But for "ratio",
+        all rows in a cluster that is too large have the score ``SCORE_IF_TOO_LARGE``.
         """
         _, cluster = cluster_indices(clusters, len(uncertainty))
         if self.risk == "majority":
@@ -81,8 +81,10 @@ class Clusters(FrozenModel):
             scores = np.full(len(uncertainty), np.nan)
             scores[is_scored] = mean_of_cluster[scored_cluster]
             return scores
-        size_of_row = np.bincount(cluster)[cluster]  # size of each row's cluster
-        return np.where(size_of_row > (self.largest or 0), SCORE_IF_TOO_LARGE, uncertainty)
+        cluster_size = np.bincount(cluster)
+        largest_size = self.largest or 0  # ``largest`` is None only for "majority"
+        is_too_large = cluster_size[cluster] > largest_size  # (N,)
+        return np.where(is_too_large, SCORE_IF_TOO_LARGE, uncertainty)
 
 
 def cluster_indices(clusters: Sequence[str | None], n: int) -> tuple[list[str], Ints]:
@@ -251,8 +253,9 @@ def correlation(failure: Ints, cluster: Ints) -> Correlation:
     n = len(failure)
     _, cluster_index, cluster_size = np.unique(cluster, return_inverse=True, return_counts=True)
     k = len(cluster_size)
-    is_undefined = k < 2 or k == n or len(np.unique(failure)) < 2
-    if is_undefined:
+    has_one_row_per_cluster = k == n
+    has_equal_failures = len(np.unique(failure)) < 2
+    if k < 2 or has_one_row_per_cluster or has_equal_failures:
         return Correlation(n_rows=n, n_clusters=k, value=math.nan, n_effective=n)
     square_between, square_within = _mean_squares(failure, cluster_index, cluster_size)  # B and W
     mean_size = float((cluster_size**2).sum()) / n
@@ -282,8 +285,8 @@ def correlation_warning(
     """Return a warning about a rule that counts rows in clusters as independent, or None.
 
     The correlation is estimated from the accepted rows with a label, because the rule's bound
-    depends on these rows only. Among all rows the correlation is often larger. If no cluster has
-    two such rows, there is no warning (None).
+    depends on these rows only. If no cluster has two such rows, there is no warning (None). Among
+    all rows the correlation is often larger.
 
     Args:
         outcomes: N calibration rows.
@@ -298,7 +301,7 @@ def correlation_warning(
     consequence = "so it is more optimistic than the rows allow"
     if estimated_correlation.design_effect <= NEGLIGIBLE_DESIGN_EFFECT:
         consequence = "which matters little here"
-    # The text on the estimate begins with "120 rows of 40 clusters".
+    # In words, the estimate begins like "120 rows of 40 clusters".
     return (
         f"the rule accepts {estimated_correlation}. The guarantee counts them as independent, "
         f"{consequence}. "
@@ -331,12 +334,13 @@ def ratio_rows(
         clusters_of_this_size = np.flatnonzero(cluster_size == largest_cluster)
         sizing_cluster = _sort_by_hash(clusters_of_this_size, names)[0]
     is_counted = is_usable & (cluster_size[cluster] <= largest_cluster)
-    # The sizing cluster is always tested, because it must lower the evidence if it is wrong.
-    is_other = is_counted & (cluster != sizing_cluster)
-    clusters_aside = _clusters_set_aside(np.unique(cluster[is_other]), names)
+    # The sizing cluster gave the largest size, so it is no random draw. It is always tested,
+    # because it must lower the evidence if it is wrong.
+    is_random_draw = is_counted & (cluster != sizing_cluster)
+    clusters_aside = _clusters_set_aside(np.unique(cluster[is_random_draw]), names)
     is_aside = np.isin(cluster, clusters_aside)
     is_tested = is_counted & ~is_aside
-    if not (is_tested & is_other).any():
+    if not (is_tested & is_random_draw).any():
         raise DataError(
             f"no cluster of up to {largest_cluster:,} rows is left to calibrate on. Give more "
             "clusters, or a larger bound (largest)."

@@ -1,4 +1,4 @@
-"""Estimate of how many calibration rows are near copies of fitted rows. Too many are refused."""
+"""Estimate of how many calibration rows are copies of fitted rows. Too many copies are refused."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ COUNT_BOUND_LEVEL: Final = 0.05
 """Level for the upper and for the lower bound on the number of copies."""
 
 SHARE_BOUND_LEVEL: Final = 0.001
-"""Level for the lower bound on a share: the copies among the calibration rows.
+"""Level for the lower bound on the share of copies among the calibration rows.
 
-The bound is compared with the copies' share within the fitted rows.
+The bound is compared with the share of copies among the fitted rows themselves.
 """
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Copies:
         >>> copies = Copies(n_detected=1, n=10, sample_share=0.5)
         >>> copies.estimated_share  # 1 / (0.5 * 10)
         0.2
-        >>> copies.upper_n_copies  # of 7 copies, at most 1 is detected with (1 + 7) / 2^7 = 6 %
+        >>> # If there are 7 copies, at most 1 is detected with probability (1 + 7) / 2^7 = 6 %.
+        >>> # If there are 8 copies, this probability is (1 + 8) / 2^8 = 4 %, which is below 5 %.
+        >>> copies.upper_n_copies
         7
         >>> copies.lower_n_copies
         1
@@ -68,8 +70,8 @@ class Copies:
     @property
     def upper_n_copies(self) -> int:
         """Upper bound on the number of copies: the largest K with P[Bin(K, f) <= k] >= 5 %."""
-        # Chance decides how many of the fitted rows with copies are in the sample. If only few such
-        # rows are in the sample, k / f is too low. So an upper bound is returned.
+        # Chance decides how many of the copied fitted rows are in the sample. If only few of them
+        # are in the sample, the estimate k / f is too low. So an upper bound is returned.
         n_copies = np.arange(self.n_detected, self.n + 1)
         is_likely = self._probability_of_at_most(self.n_detected, n_copies) >= COUNT_BOUND_LEVEL
         return int(n_copies[is_likely].max())
@@ -115,7 +117,7 @@ class Copies:
 
 
 def check_copies(predictor: FailurePredictor, data: EmbeddingSource, rows: Ints) -> None:
-    """Search the calibration rows for near copies of fitted rows, and warn about near copies.
+    """Search the calibration rows for near copies of fitted rows, and warn if there are any.
 
     ``rows`` (M,) holds the calibration rows' indices in ``data``.
 
@@ -162,7 +164,7 @@ def _count_copies(nearest_cosine: Tensor, cosine: float, sample: FitSample) -> C
 
 
 def _has_too_many_copies(copies: Copies, sample: FitSample) -> bool:
-    """Return whether over 1 % of the rows are copies, clearly more than within the fit.
+    """Return whether over 1 % of the rows are copies, and clearly more than in ``sample``.
 
     ``sample`` is the sample of fitted rows.
     """

@@ -181,14 +181,14 @@ def estimate(
     is_labelled = usable_outcomes.failure != UNKNOWN
     _require_random_labels(usable_outcomes, is_labelled)
     failure = (usable_outcomes.failure[is_labelled] == 1).astype(np.float64)
-    failure_probability = _failure_probability(usable_outcomes, is_labelled)
+    failure_predictions = _failure_predictions(usable_outcomes, is_labelled)
     error_rate = _estimate_share(
-        "error rate", failure, failure_probability, confidence, min_expected=0
+        "error rate", failure, failure_predictions, confidence, min_expected=0
     )
     estimates = [error_rate]
     if of_classes:
         estimates += _estimate_class_shares(
-            usable_outcomes, is_labelled, failure_probability, confidence
+            usable_outcomes, is_labelled, failure_predictions, confidence
         )
     return tuple(estimates)
 
@@ -215,7 +215,7 @@ def _require_random_labels(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -
         )
 
 
-def _failure_probability(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
+def _failure_predictions(outcomes: Outcomes, is_labelled: NDArray[np.bool_]) -> Predictions:
     """Return failure probabilities from the outcomes, or else from calibrated uncertainties."""
     failure_probability = outcomes.failure_probability
     if failure_probability is None and outcomes.is_probability:
@@ -239,6 +239,7 @@ def _calibrate_in_folds(
     labelled_uncertainty = uncertainty[is_labelled]
     labelled_failure = failure[is_labelled]
     rng = np.random.default_rng(0)
+    # random folds, equal in size except for one row
     fold_of_label = rng.permutation(len(labelled_uncertainty)) % N_FOLDS
     of_labelled = np.empty(len(labelled_uncertainty))
     of_all_rows = np.zeros(len(uncertainty))
@@ -257,7 +258,7 @@ def _calibrate_in_folds(
 def _estimate_class_shares(
     outcomes: Outcomes,
     is_labelled: NDArray[np.bool_],
-    failure_probability: Predictions,
+    failure_predictions: Predictions,
     confidence: float,
 ) -> list[Estimate]:
     """Estimate the shares of all classes, in class order."""
@@ -279,14 +280,14 @@ def _estimate_class_shares(
         # An answer predicts its class with the probability that the answer is right.
         predicts_class = outcomes.prediction == index
         class_probability = Predictions(
-            of_labelled=predicts_class[is_labelled] * (1 - failure_probability.of_labelled),
-            of_all_rows=predicts_class * (1 - failure_probability.of_all_rows),
+            of_labelled=predicts_class[is_labelled] * (1 - failure_predictions.of_labelled),
+            of_all_rows=predicts_class * (1 - failure_predictions.of_all_rows),
         )
         is_of_class = (right_class == index).astype(np.float64)
-        estimate = _estimate_share(
+        class_estimate = _estimate_share(
             name, is_of_class, class_probability, confidence, min_expected=MIN_EXPECTED_OF_CLASS
         )
-        estimates.append(estimate)
+        estimates.append(class_estimate)
     return estimates
 
 
@@ -309,7 +310,7 @@ def _estimate_share(
             expected with the property, or without the property.
     """
     exact_estimate = _exact_estimate(name, has_property, len(predictions.of_all_rows), confidence)
-    # The predictions decide which interval is taken, not the labels. If the labels decided, the
+    # The predictions and not the labels decide which interval is taken. If the labels decided, the
     # interval would be too short.
     n = len(has_property)
     n_expected = n * float(predictions.of_all_rows.mean())
@@ -346,6 +347,8 @@ def _estimate_with_predictions(
     weight = tuned_weight(has_property, predictions.of_labelled)
     weighted_mean = weight * float(predictions.of_all_rows.mean())  # the known mean of w f
     residual = has_property - weight * predictions.of_labelled
+    # A residual y - w f is largest with y = 1 and the smallest f, and smallest with y = 0 and the
+    # largest f.
     largest_residual = 1 - weight * predictions.smallest
     smallest_residual = -weight * predictions.largest
     low, high = mean_interval(residual, smallest_residual, largest_residual, confidence)
@@ -405,7 +408,7 @@ def mean_interval(
     means = []
     for first_draw in range(0, N_DRAWS, draws_per_block):
         n_draws = min(draws_per_block, N_DRAWS - first_draw)
-        weights = _random_weights(n + 1, n_draws, seed=first_draw)
+        weights = _random_weights(n + 1, n_draws, seed=first_draw)  # every block has another seed
         mean_of_seen = weights[:, :n] @ values
         weight_of_unseen = weights[:, n]
         means.append(mean_of_seen + weight_of_unseen * smallest)
@@ -415,7 +418,9 @@ def mean_interval(
     return float(low), float(high)
 
 
-@lru_cache(maxsize=1)  # the shares of all classes use the same labels, and so the same weights
+# All classes have the same labelled rows, and so the same weights. With few labels, all draws are
+# one block, and the weights are drawn only once.
+@lru_cache(maxsize=1)
 def _random_weights(n: int, n_draws: int, seed: int) -> Floats:
     """Draw (n_draws, n) weights from the Dirichlet distribution with n parameters of 1."""
     rng = np.random.default_rng(seed)

@@ -48,8 +48,9 @@ class LabelSets(FrozenModel):
     - "aps": s(x, j) = the total probability of the candidates that are more probable than j. Easy
       and hard rows differ less in coverage than with "lac". A set is never empty.
 
-    Ties can only make sets larger. f is the failure probability before calibration. The scores s
-    depend on f. The calibration rows determine c, and so must not determine f, too.
+    Ties can only make sets larger. The scores s depend on the failure probability f. The
+    calibration rows determine c, so they must not determine f, too. Therefore f is the failure
+    probability before calibration.
 
     Sources: Sadinle et al. (2019), least ambiguous sets. Romano et al. (2020), adaptive sets. In
     these papers the last label of a set is included at random. Here the last label is always
@@ -74,7 +75,7 @@ class LabelSets(FrozenModel):
 def failure_aware_posterior(batch: Batch, log_p: Tensor, failure_probability: Tensor) -> Tensor:
     """Return the posterior q (B, K), defined at the top of this module, float64 on the CPU.
 
-    With two candidates, q is 1 - f for the answer and f for the second candidate.
+    With two candidates, q is 1 - f for the answer and f for the other candidate.
 
     Args:
         batch: B rows with K candidates.
@@ -107,7 +108,7 @@ def nonconformity(
     mass_before = q_sorted.cumsum(dim=1) - q_sorted
     # Candidates with equal q all get the mass before the first such candidate. Otherwise the scores
     # would depend on the class order. For every q, the search finds the first position with an
-    # equal q. The search needs ascending numbers, so the signs are changed.
+    # equal q. The search needs ascending numbers, so it runs over -q.
     first_of_ties = torch.searchsorted(-q_sorted, -q_sorted)
     sorted_scores = mass_before.gather(1, first_of_ties)
     return torch.empty_like(q).scatter_(1, candidate, sorted_scores)  # in candidate order

@@ -110,15 +110,14 @@ class LikelyRight(FrozenModel):
         return estimate_without_threshold.with_drawn_answers(NO_DRAWN_ANSWERS, uncertainty)
 
     def with_drawn_answers(self, drawn: JudgedAnswers, uncertainty: Floats) -> Self:
-        """Estimate from the cross-fitted answers and from answers to rows drawn at random.
+        """Make a new estimate from the cross-fitted answers and answers to rows drawn at random.
 
-        The labelled rows in the fit were chosen. So answers to chosen rows may be wrong more often,
-        or less often, than all answers with the same uncertainty. Drawn rows are chosen by chance
-        alone.
+        The labelled rows in the fit were not drawn, but chosen. So answers to these rows may be
+        wrong more often, or less often, than all answers with the same uncertainty.
 
         Args:
-            drawn: The predictor's answers to rows up to some uncertainty. The draw must not depend
-                on further properties of the rows.
+            drawn: The predictor's answers to the drawn rows. The draw may be limited to rows up to
+                some uncertainty, but must not depend on any other property of the rows.
             uncertainty: As for ``estimate``.
         """
         drawn_answers = _answers_with_label(drawn)
@@ -152,7 +151,7 @@ class LikelyRight(FrozenModel):
         # for each row, the expected error rate of this row and all earlier rows
         expected_risk = np.cumsum(failure_probability) / np.arange(1, len(ascending) + 1)
         # Rows with equal uncertainty get the same flag. So among such rows only the last row may
-        # set the threshold. With the appended infinity, the last of all rows may set the threshold.
+        # set the threshold. Infinity is appended, because the last of all rows may set it, too.
         is_last_of_equals = np.diff(ascending, append=np.inf) > 0
         is_low_risk = self.widening * expected_risk <= self.max_risk
         possible_thresholds = ascending[is_last_of_equals & is_low_risk]

@@ -39,8 +39,8 @@ class RowsWithTargets(FrozenModel):
 
     # the smallest hashes of the rows, ascending
     hashes: tuple[int, ...] = Field(min_length=1, max_length=SKETCH_SIZE)
-    # A digest for every look, the earliest first. It is of the target and of all pictures. Digests
-    # by vilu 0.2.0 are of the target alone.
+    # One digest per look, the earliest first. The digest is over the target and all pictures. In
+    # files of vilu 0.2.0 it is over the target alone.
     targets: tuple[str, ...]
 
     def is_same_set(self, hashes: tuple[int, ...]) -> bool:
@@ -48,7 +48,7 @@ class RowsWithTargets(FrozenModel):
 
         The sets must share at least the part ``MIN_COMMON_SHARE`` of the smaller set. The share is
         estimated from the saved hashes. If one set has more than about ten times as many rows as
-        the other, few hashes can be compared or none, and the same set may go unnoticed.
+        the other, only few hashes can be compared, or none. Then the same set may go unnoticed.
         """
         # Up to this hash, all hashes of both sets are saved. They are a random sample of the rows.
         last_hash = min(_last_comparable_hash(self.hashes), _last_comparable_hash(hashes))
@@ -60,7 +60,8 @@ class RowsWithTargets(FrozenModel):
 
 
 def _last_comparable_hash(hashes: tuple[int, ...]) -> float:
-    """Return the hash up to which all hashes of a set are saved, in ``hashes``."""
+    """Return the largest number up to which ``hashes`` holds every hash of a row set."""
+    # Fewer hashes than SKETCH_SIZE are all hashes of the set.
     return hashes[-1] if len(hashes) == SKETCH_SIZE else math.inf
 
 
@@ -119,6 +120,8 @@ def _looks_at(
     look_without_rows = digest(target)  # as vilu 0.2.0 recorded it
     hashes = tuple(pictures[:SKETCH_SIZE].tolist())
     for known_set in same_sets:
+        # vilu 0.2.0 recorded this very look. The new digest replaces the old digest, because the
+        # look must not count twice.
         if known_set.hashes == hashes and look_without_rows in known_set.targets:
             looks[looks.index(look_without_rows)] = look
             return tuple(looks)

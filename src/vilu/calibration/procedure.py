@@ -80,8 +80,8 @@ def calibrate_predictor(
 
     With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
     limit, such as a draw by ``vilu next --for-guarantee``. The limit must not depend on the rows
-    that could be drawn. Thresholds up to the limit are tested. The method's score stays the failure
-    probability, because rows up to the limit show nothing about rows beyond the limit.
+    that could be drawn. Only thresholds up to the limit are tested. The probabilities of the
+    predictor are not calibrated, because rows up to the limit show nothing about rows beyond it.
 
     Warns:
         UserWarning: If some rows were used in the fit. These rows are left out.
@@ -106,7 +106,8 @@ def calibrate_predictor(
         >>> calibration.rule.n_wrong, calibration.rule.n_accepted, calibration.probability.form
         (0, 200, 'temperature')
     """
-    # The target is checked first. After a later refusal the lock file would remain.
+    # The target is checked before the lock is taken. After a later refusal, the lock file would
+    # stay in the folder.
     predictor = load_predictor(folder)
     check_target(target, predictor, data)
     if drawn_below is not None:
@@ -138,7 +139,7 @@ def check_target(target: Target, predictor: FailurePredictor, data: EmbeddingSou
             "captions have no classes, so there are no thresholds per class. Leave per_class out."
         )
     if target.per_class and data.data_kind == "answers":
-        # The answers from another table would have different numbers, and so different thresholds.
+        # In another table the same answer may have another number, and so another threshold.
         raise UsageError(
             "a table of answers has no classes, so there are no thresholds per class. Leave "
             "per_class out."
@@ -169,7 +170,7 @@ def _require_testable_below_limit(target: Target, predictor: FailurePredictor) -
 
 
 def require_probability(predictor: FailurePredictor) -> None:
-    """Refuse a predictor without probabilities: the probabilities choose a draw's limit."""
+    """Refuse a predictor without probabilities, because probabilities choose a draw's limit."""
     if not predictor.is_probability:
         raise UsageError(
             "labels for a guarantee are chosen by a probability of failure; "
@@ -203,10 +204,10 @@ def _calibrate(
     if not overwrite:
         calibration = _existing_calibration(folder, inputs_digest)
         if calibration is not None:
-            write_card(folder)
+            write_card(folder)  # a crash may have kept the earlier call from writing the card
             return calibration
     is_unseen = predictor.unseen(data, "calibration")
-    index_in_data = np.flatnonzero(is_unseen)  # for each outcome below
+    index_in_data = np.flatnonzero(is_unseen)  # row index in ``data`` for each outcome below
     check_copies(predictor, data, index_in_data)
     dataset, split = dataset_and_split
     outcomes = score_unseen(predictor, data, is_unseen, dataset=dataset, split=split)
@@ -226,7 +227,7 @@ def _calibrate(
     if drawn_below is None:
         predictor.calibrate_scores(calibration_rows.uncertainty, calibration_rows.failure)
     else:
-        # A calibrator from these rows would be biased, because all scores are up to the limit.
+        # A calibrator from these rows would be biased, because no score is above the limit.
         predictor.calibrator_ = identity_calibrator(calibration_rows.failure)
     label_sets = _fit_label_sets_on_rows(
         predictor, data, index_in_data[rows_and_rule.saved_rows], target
@@ -489,8 +490,7 @@ def save_calibrated_predictor(  # noqa: PLR0913 - one argument per part of a cal
 def remove_outdated_calibration(folder: Path, changed_keys: set[str]) -> bool:
     """Remove a calibration if labels of calibration rows have changed, and return True if removed.
 
-    ``changed_keys`` holds the keys of all rows with a changed label. Some of these rows may be no
-    calibration rows.
+    ``changed_keys`` holds the keys of all rows with a changed label, calibration rows or not.
     """
     calibration = Calibration.find(folder) if changed_keys else None
     if calibration is None:

@@ -271,11 +271,10 @@ class Rule(FrozenModel):
         groups: Sequence[str] | None = None,
         clusters: Sequence[str | None] | None = None,
     ) -> NDArray[np.bool_]:
-        """Return the mask (N,) of accepted answers. Answers without an uncertainty are rejected.
+        """Return the mask (N,) of accepted answers, False for answers without an uncertainty (NaN).
 
-        A missing uncertainty is NaN. With the risk "majority" the mask is True in all rows of an
-        accepted cluster. The accepted answer is then the cluster's majority answer
-        (``vilu.calibration.clusters.majority_outcomes``).
+        With the risk "majority" the mask is True in all rows of an accepted cluster. Its majority
+        answer is then accepted (``vilu.calibration.clusters.majority_outcomes``).
 
         Args:
             uncertainty: Uncertainties (N,) from the predictor that scored the calibration rows. If
@@ -300,7 +299,8 @@ class Rule(FrozenModel):
         """
         scores = self._compared_scores(uncertainty, clusters)
         if self.needs_batch:
-            return select_answers(self.p_values(scores), level=self.max_risk or 0.0)
+            level = self.max_risk or 0.0  # rules for whole batches always have a max_risk
+            return select_answers(self.p_values(scores), level)
         floors, thresholds = self._limits(len(scores), groups)
         return (scores > floors) & (scores <= thresholds)
 
@@ -355,6 +355,7 @@ class Rule(FrozenModel):
             reasons[~self.accept(scores)] = "not_selected"
         else:
             floors, thresholds = self._limits(len(scores), groups)
+            # Where several reasons apply, the last assigned reason stays.
             is_within = scores <= thresholds  # False for NaN, so such a row gets a reason too
             reasons[~is_within] = "above_threshold"
             reasons[scores <= floors] = "below_floor"
@@ -462,7 +463,8 @@ def certify(
 
     "ltt" guarantees this with probability ``confidence`` over the draw of the calibration rows.
     "crc" guarantees the mean of another risk: the share of accepted wrong answers among *all*
-    answers. Rows with the same ``picture`` count once. The picture is wrong if any row is wrong.
+    answers. Rows with the same ``picture`` count once. With classes, the picture is wrong if any
+    row is wrong. With captions, the first row counts.
 
     Calibration rows must be drawn like the later rows and must not have been used in the fit. After
     a shift in the data nothing is guaranteed. If the target cannot be met, no error is raised. Then
@@ -470,7 +472,8 @@ def certify(
 
     Args:
         outcomes: Calibration rows. Rows without uncertainty or known failure are left out.
-        max_risk: Largest error rate among accepted answers ("crc": among all), in (0, 1).
+        max_risk: Largest error rate among accepted answers, in (0, 1). For "crc", the largest share
+            of accepted wrong answers among all answers.
         confidence: 1 - delta, in (0, 1).
         min_coverage: Smallest share of answers to accept. With stated shares, the coverage is taken
             among rows with the stated shares. Together with ``max_risk``, a threshold with a
@@ -606,8 +609,8 @@ def _make_cluster_rule(outcomes: Outcomes, target: Target) -> Rule:
         rows, start_rows = ratio_rows(outcomes, is_usable, outcomes.cluster, target.largest_cluster)
         return _make_ratio_rule(rows, start_rows, max_risk, target.confidence)
     cluster_outcomes = majority_outcomes(outcomes, outcomes.cluster)  # one outcome per cluster
-    # The fitted rows were counted above, among all rows. Among the clusters, their share would come
-    # out too large.
+    # How many rows were used in the fit was checked above, among all rows. As a share of the
+    # clusters the same number would be too large, so it is not passed on.
     cluster_outcomes = replace(cluster_outcomes, provenance={})
     target_without_clusters = Target(max_risk=max_risk, confidence=target.confidence)
     rule = make_rule(cluster_outcomes, target_without_clusters)
@@ -820,7 +823,7 @@ def _names_of_groups(outcomes: Outcomes, groups: Sequence[str], rows: Ints) -> l
     if isinstance(groups, str):
         names = group_names(outcomes)
     else:
-        names = check_texts(groups, "groups") or ()  # an empty list stays empty
+        names = check_texts(groups, "groups") or ()
     if len(names) != len(outcomes):
         raise DataError(
             f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead."
@@ -846,8 +849,10 @@ def rows_of_groups(
     if names is None:
         return {ALL_ROWS_GROUP: np.arange(n)}
     sizes = Counter(names)
-    # From the largest group to the smallest. Groups with equal size are sorted by name.
-    ranked_names = sorted(sorted(sizes), key=lambda name: sizes[name], reverse=True)
+    # From the largest group to the smallest. Sorting by size keeps the name order among groups with
+    # equal size.
+    names_in_order = sorted(sizes)
+    ranked_names = sorted(names_in_order, key=lambda name: sizes[name], reverse=True)
     n_separate_groups = 0  # number of groups with a separate threshold, k above
     for n_groups in range(1, len(ranked_names) + 1):
         # one more share is for "(other)", unless no group is left over

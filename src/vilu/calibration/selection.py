@@ -62,8 +62,9 @@ def select_answers(p: Floats, level: float) -> NDArray[np.bool_]:
     Examples:
         >>> import numpy as np
         >>> from vilu.calibration.selection import select_answers
-        >>> # The steps are 0.02, 0.04, 0.06 and 0.08. The third p-value is below its step. So the
-        >>> # second answer is accepted, too, although 0.05 is above the second step.
+        >>> # The i-th smallest of 4 p-values is compared with the step i / 4 of the level. The
+        >>> # steps are 0.02, 0.04, 0.06 and 0.08. The third p-value is below the third step. So
+        >>> # the second answer is accepted, too, although 0.05 is above the second step.
         >>> select_answers(np.array([0.01, 0.05, 0.055, 0.5]), level=0.08).tolist()
         [True, True, True, False]
     """
@@ -72,12 +73,12 @@ def select_answers(p: Floats, level: float) -> NDArray[np.bool_]:
     if not len(ascending_p):
         return has_p_value
     # If every p-value were compared with the level, a fixed share of all wrong answers would be
-    # accepted, and these could be most of the accepted answers. So the i-th smallest p-value is
-    # compared with i / N of the level (Benjamini and Hochberg 1995). This is valid although all
+    # accepted, and these could be most of the accepted answers. So the i-th smallest of m p-values
+    # is compared with i / m of the level (Benjamini and Hochberg 1995). This is valid although all
     # p-values depend on the same calibration rows (Jin & Candès).
     step_levels = level * np.arange(1, len(ascending_p) + 1) / len(ascending_p)
-    # This is a step-up procedure: the largest p-value up to its step sets the limit, even if a
-    # smaller p-value is above its step.
+    # This is a step-up procedure: the largest p-value that is not above its step sets the limit. A
+    # smaller p-value is accepted even if it is above its step.
     p_up_to_step = ascending_p[ascending_p <= step_levels]
     if not len(p_up_to_step):
         return np.zeros_like(has_p_value)

@@ -1,4 +1,8 @@
-"""Guarantees for stated shares of out-of-distribution images, or for stated class shares."""
+"""Guarantees for stated shares of out-of-distribution images, or for stated class shares.
+
+The calibration rows are divided into strata. The out-of-distribution rows are one stratum. The
+other rows are a single stratum, or one stratum per class if class shares are stated.
+"""
 
 from __future__ import annotations
 
@@ -189,9 +193,9 @@ class Strata:
         ):
             if share == 0:
                 continue
-            n_needed = n_rows_needed_in_stratum(
-                share, max_risk, level, is_all_wrong=name == OUTSIDE_NAME
-            )
+            # Every answer about an out-of-distribution image is wrong.
+            is_all_wrong = name == OUTSIDE_NAME
+            n_needed = n_rows_needed_in_stratum(share, max_risk, level, is_all_wrong=is_all_wrong)
             if n_needed is None or n < n_needed:
                 small_stratum = SmallStratum(name=name, n=n, n_needed=n_needed)
                 small_strata.append(small_stratum)
@@ -236,9 +240,10 @@ def level_without_floor(delta: float) -> float:
 def weighted_learn_then_test(
     uncertainty: Floats, is_wrong: NDArray[np.bool_], weight: Floats, max_risk: float, delta: float
 ) -> Threshold | None:
-    """Return the certified score interval that accepts the largest weight of rows.
+    """Return the certified score interval with the largest total weight of accepted rows, or None.
 
-    **Single threshold.** Let v_i be the weight of row i, and
+    **Single threshold.** Row i has the weight v_i and the score u_i. wrong_i is 1 if the answer is
+    wrong, and 0 if the answer is right. Let
 
         Z_i(t) = v_i 1{u_i <= t} (wrong_i - max_risk).
 
@@ -298,7 +303,9 @@ def weighted_learn_then_test(
 
 
 def _levels_of_floors(n_accepted: Ints, n: int, delta: float) -> list[tuple[int, float]]:
-    """Return ``NO_FLOOR`` and every floor's index, with the level for the thresholds above.
+    """Return pairs of a floor's index and the level for the thresholds above this floor.
+
+    The first pair has ``NO_FLOOR`` in place of an index.
 
     ``n_accepted`` holds, for every score, how many of the ``n`` rows have at most this score.
     """
@@ -349,7 +356,7 @@ def log_mean(evidence: Floats) -> Floats:
 def n_rows_needed_in_stratum(
     share: float, max_risk: float, level: float, *, is_all_wrong: bool
 ) -> int | None:
-    """Return the number of rows that a stratum with this share needs. None: no number is enough.
+    """Return how many rows a stratum with this share needs, or None if no number is enough.
 
     The number is for the best case: all other strata have infinitely many rows, and every accepted
     answer is right. If ``is_all_wrong``, all answers in this stratum are wrong, and in the best

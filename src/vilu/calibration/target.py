@@ -125,6 +125,7 @@ class Target:
         A target is refused if ``max_risk`` is missing, if a number is out of range, or if the
         target has options that "anytime" does not allow.
         """
+        # the same target without the options that "anytime" does not allow
         allowed_target = Target(
             max_risk=self.max_risk,
             confidence=self.confidence,

@@ -23,9 +23,14 @@ StartShares = tuple[tuple[float, float], ...]
 
 
 def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
-    """Return the p-value (...) of "the error rate is above ``risk``": P[Bin(m, risk) <= k].
+    """Return the p-value (...) of "the error rate is above ``risk``".
 
-    k = ``n_wrong``, m = ``n_accepted``. The p-value is 1 where nothing is accepted.
+    With k = ``n_wrong`` and m = ``n_accepted``, the p-value is the binomial tail
+
+        P[Bin(m, risk) <= k],
+
+    where Bin(m, risk) is the number of wrong answers among m independent answers, each wrong with
+    probability ``risk``. The p-value is 1 where nothing is accepted.
 
     Examples:
         >>> import numpy as np
@@ -41,8 +46,8 @@ def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
     # computes this function exactly for whole arrays. A normal approximation to the tail would be
     # too small, because errors are rare here.
     has_right = n_wrong < n_accepted
-    # Both of the function's parameters must be above 0. Where no answer is right, both are set to 1
-    # and the result is replaced by 1.
+    # The function's parameters m - k and k + 1 must be above 0. Where no answer is right, both are
+    # set to 1, and the result is replaced by 1.
     a = np.where(has_right, n_accepted - n_wrong, 1)
     b = np.where(has_right, n_wrong + 1, 1)
     p = special.betainc(a, b, 1 - risk)
@@ -50,9 +55,9 @@ def binomial_tail(n_wrong: Ints, n_accepted: Ints, risk: float) -> Floats:
 
 
 def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
-    """Return the upper Clopper-Pearson bound b on an error rate: P[Bin(m, b) <= k] = delta.
+    """Return the upper Clopper-Pearson bound on an error rate, with confidence 1 - delta.
 
-    k = ``n_wrong``, m = ``n_accepted``. The error rate is below b with confidence 1 - delta.
+    For k = ``n_wrong`` and m = ``n_accepted``, the bound is the b where P[Bin(m, b) <= k] = delta.
 
     Examples:
         >>> from vilu.calibration.thresholds import upper_bound
@@ -68,9 +73,9 @@ def upper_bound(n_wrong: float, n_accepted: float, delta: float) -> float:
 
 
 def lower_bound(n_hits: float, n: float, delta: float) -> float:
-    """Return the lower Clopper-Pearson bound b on a rate: P[Bin(n, b) >= k] = delta.
+    """Return the lower Clopper-Pearson bound on a rate, with confidence 1 - delta.
 
-    k = ``n_hits``.
+    For k = ``n_hits``, the bound is the b where P[Bin(n, b) >= k] = delta.
 
     Examples:
         >>> from vilu.calibration.thresholds import lower_bound
@@ -91,10 +96,12 @@ def percent(share: float, decimals: int = 2, rounding: Callable[[float], int] = 
     small share is shown with more than ``decimals`` decimals.
     """
     if share > 0:
-        # The first two digits after the leading zeros must be shown.
+        # The first two digits after the leading zeros must be shown: 0.0123 % needs three decimals,
+        # and log10(0.0123) = -1.9 is rounded down to -2.
         decimals_of_two_digits = 1 - math.floor(math.log10(100 * share))
         decimals = max(decimals, decimals_of_two_digits)
-    units_per_one = 10 ** (decimals + 2)  # a unit is 1 in the last shown decimal
+    # A unit is 1 in the last shown decimal. The + 2 stands for the factor 100 of per cent.
+    units_per_one = 10 ** (decimals + 2)
     # Rounded to six decimals first: 0.07 * 10,000 is a little more than 700 in float64, and
     # rounding up alone would give 7.01 %.
     n_units = rounding(round(share * units_per_one, 6))
@@ -148,6 +155,8 @@ def find_sufficient_number(is_enough: Callable[[int], bool], first_tried: int) -
         high *= 2
         if high > MAX_SEARCHED_ROWS:
             return None
+    # If the number was ever doubled, ``low`` is the last number that was not enough. Otherwise half
+    # of ``first_tried`` is taken as not enough, without a test.
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -290,10 +299,13 @@ class Threshold(FrozenModel):
 
 
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Threshold | None:
-    """Return the certified interval that accepts most rows: P[risk <= max_risk] >= 1 - delta.
+    """Return the certified interval that accepts most rows, or None if none is certified.
 
-    **Test of a single threshold.** Of the m_t rows with a score up to t, k_t rows are wrong. The
-    hypothesis H_t, "R(t) > max_risk", is rejected at level a if
+    The probability is at least 1 - delta that the error rate in the interval is at most max_risk.
+
+    **Test of a single threshold.** Let R(t) be the error rate among answers with a score up to t.
+    Of the m_t calibration rows with a score up to t, k_t rows are wrong. The hypothesis H_t,
+    "R(t) > max_risk", is rejected at level a if
 
         P[Bin(m_t, max_risk) <= k_t] <= a.
 
@@ -312,9 +324,9 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     no wrong answer.
 
     **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
-    or more, intervals l < u <= t above a floor l are tested in the same way. Floors lie at 1/32,
-    1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta. If the
-    rows above a floor are too few for a rejection, this floor is left out.
+    or more, intervals of scores above a floor l and up to t are tested in the same way. Floors lie
+    at 1/32, 1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta.
+    If the rows above a floor are too few for a rejection, this floor is left out.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
@@ -427,15 +439,15 @@ def _fallback_procedure(
     n_accepted = _count_above_floor(counts.accepted, floor_index)
     n_wrong = _count_above_floor(counts.accepted_wrong, floor_index)
     first_index = floor_index + 1  # index of the first score above the floor
-    is_all_wrong = (counts.size == counts.wrong)[first_index:]
+    is_all_wrong = (counts.size == counts.wrong)[first_index:]  # for each score above the floor
     levels = _level_at_start(n_accepted, start_shares, share_at_all_rows, max_risk, delta)
     carried_level = 0.0
     laxest_index = None
     for start, end in pairwise([*sorted(levels), len(n_accepted)]):
         level = carried_level + levels[start]
-        # The row at the first threshold determines where the sequence starts. So this row is no
-        # random draw, and the binomial law holds for the remaining rows only. If several rows have
-        # the same score, this row counts as right, unless all rows with the score are wrong.
+        # One row, the row at the first threshold, determines where the sequence starts. So this row
+        # is no random draw, and the binomial law holds for the remaining rows only. If several rows
+        # have the same score, the left-out row is taken as right, unless all of them are wrong.
         n_remaining = n_accepted[start] - 1
         n_wrong_of_remaining = n_wrong[start] - is_all_wrong[start]
         first_not_rejected = start
@@ -567,6 +579,7 @@ def sequence_starts(
 
 def _start_at_all_rows(n: int, max_risk: float, largest_level: float) -> SequenceStart | None:
     """Return the start for the sequence at all n rows, or None if no wrong answer is admissible."""
+    # The row at the start is no random draw, so n - 1 trials are left.
     n_wrong = n_admissible_wrong(n - 1, max_risk, largest_level)
     if n_wrong <= 0:
         return None
@@ -600,6 +613,8 @@ def n_admissible_wrong(n: int, max_risk: float, level: float) -> int:
     def tail_of(n_wrong: int) -> float:
         return float(binomial_tail(np.asarray(n_wrong), np.asarray(n), max_risk))
 
+    # The tail rises with k, from k = 0. So the number of tails up to the level, minus 1, is the
+    # largest such k.
     return bisect_right(range(n), level, key=tail_of) - 1
 
 
@@ -608,9 +623,10 @@ def conformal_risk_control(
     max_risk: float,
     delta: float,  # noqa: ARG001 - unused: all procedures have the same parameters
 ) -> Threshold | None:
-    """Return the laxest t with (k_t + 1) / (n + 1) <= max_risk, to bound a mean risk.
+    """Return the laxest threshold that bounds a mean risk, or None if there is none.
 
-    The guarantee is
+    Of n calibration rows, k_t are wrong with a score up to t. The laxest t is returned with
+    (k_t + 1) / (n + 1) <= max_risk. The guarantee is
 
         E[share of accepted wrong answers among all answers] <= max_risk.
 
@@ -639,14 +655,14 @@ def conformal_risk_control(
 
 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Threshold | None:
-    """Return the strictest t with a coverage of at least ``min_coverage``, with a bound on R(t).
-
-    Coverage and bound hold together with probability >= 1 - delta, at a level of delta / 2 each.
+    """Return the strictest threshold t with a coverage of at least ``min_coverage``, or None.
 
     t is the smallest score where the lower Clopper-Pearson bound on the acceptance rate reaches
-    ``min_coverage``. Without ties the rank of t depends on n only and not on wrong answers. So the
-    risk at t is bounded by a test on a single threshold. Given t, the row at t is not random, and
-    so is no trial. But all wrong answers up to t are counted.
+    ``min_coverage``. The result also bounds R(t), the error rate among answers with a score up to
+    t. Coverage and bound hold together with probability >= 1 - delta, at a level of delta / 2 each.
+    Without ties the rank of t depends on n only and not on wrong answers. So R(t) is bounded by a
+    test on a single threshold. Given t, the row at t is not random, and so is no trial. But all
+    wrong answers up to t are counted.
 
     With ties there is no proof. Which score is t then depends on how many rows have each score, and
     so does the number of wrong answers. In a simulated world with four scores, coverage or bound
@@ -672,9 +688,10 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Thre
     n_wrong = int(counts.accepted_wrong[index])
     # The row at t was chosen by rank. Counted as a trial, this row would make the bound too small.
     n_trials = int(counts.accepted[index]) - 1
+    n_wrong_trials = min(n_wrong, n_trials)  # all trials and the row at t may be wrong
     # Coverage and risk take half of delta each. If each bound had all of delta, the probability of
     # a false bound could exceed delta (union bound).
-    risk_bound = upper_bound(min(n_wrong, n_trials), n_trials, delta / 2)
+    risk_bound = upper_bound(n_wrong_trials, n_trials, delta / 2)
     return Threshold.at(counts, index, risk_bound)
 
 

@@ -68,12 +68,12 @@ def choose_picture_rows(
     if outcomes.picture is None:
         return usable_rows, None
     priority = outcomes.failure[usable_rows]  # 1 for a wrong answer: such a row is chosen first
-    if outcomes.provenance.get("pool_size") is not None:  # captions
-        # Suppose that an image has five captions, and a single wrong answer. If the wrong row were
-        # chosen, the chosen rows would have a higher error rate than all captions. So all rows have
-        # the same priority.
+    if outcomes.provenance.get("pool_size") is not None:  # only captions come in pools
+        # Suppose that an image has five captions, and one of the five answers is wrong. If the
+        # wrong row were chosen, the chosen rows would have a higher error rate than all captions.
+        # So all rows have the same priority.
         priority = np.zeros_like(priority)
-    # Rows with the same picture tend to be wrong together, and are a single binomial trial. If
+    # Rows with the same picture tend to be wrong together, so they are a single binomial trial. If
     # every row were counted as a trial, the bound would be too small.
     chosen_rows = usable_rows[one_row_per_picture(outcomes.picture[usable_rows], priority)]
     if len(chosen_rows) == len(usable_rows):
@@ -91,7 +91,8 @@ def first_copy_mask(source: EmbeddingSource, rows: Ints, min_cosine: float) -> N
     """
     # The first row of each group is chosen, right or wrong. A choice that depends on failures would
     # bias the error rate.
-    first_position = near_copy_groups(source, rows, min_cosine)  # (M,) of each row's group
+    # (M,) position of the first row in each row's group
+    first_position = near_copy_groups(source, rows, min_cosine)
     position = np.arange(len(rows))
     is_first: NDArray[np.bool_] = position == first_position
     return is_first

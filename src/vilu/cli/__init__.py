@@ -17,7 +17,7 @@ Exit codes:
 - 141: the reader closed stdout
 - 143: SIGTERM
 
-Any other exit code is a bug, and a traceback is printed.
+Any other exit code means a bug. Then a traceback is printed.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from vilu.errors import StorageError, UsageError, ViLUError, did_you_mean
 from vilu.process import keep_ray_on_this_machine, tune_process
 
 OPTIONS_HINT_PATTERN: Final = re.compile(r" \(Possible options: .*\)$")
-"""End of typer's message about an unknown option: a list with similar options."""
+"""End of typer's message about an unknown option, such as " (Possible options: --key, --keep)"."""
 UNKNOWN_CHOICE_PATTERN: Final = re.compile(r"'(?P<given>[^']*)' is not one of (?P<known>.*)")
-"""typer's message about an unknown value."""
+"""typer's message about an unknown value, such as "'cup' is not one of 'cpu', 'cuda'"."""
 QUOTED_VALUE_PATTERN: Final = re.compile(r"'([^']+)'")
-"""A known value in the message ``UNKNOWN_CHOICE_PATTERN``."""
+"""A value in the group ``known`` of ``UNKNOWN_CHOICE_PATTERN``, such as "'cpu'"."""
 TYPER_USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 """Class of typer's exceptions for an invalid command line.
 
-typer does not export this class, but exports a subclass.
+typer does not export this class. It exports the subclass ``BadParameter``.
 """
 
 MEMORY_ERRORS = (MemoryError, ImportError, RuntimeError)
-"""Exceptions that a lack of memory may raise. The last two may also have further reasons."""
+"""Exceptions for a lack of memory. ImportError and RuntimeError may also have other reasons."""
 
 MEMORY_ERROR_PHRASES = ("failed to map segment", "can't allocate memory", "can't start new thread")
 """Words for a lack of memory in messages from the library loader, torch and Python."""
@@ -84,7 +84,7 @@ def entry() -> None:
         os._exit(exit_code)
 
     # Imports make a million objects and no garbage. With a high threshold, the garbage collector
-    # searches these objects less often, and saves 0.1 s.
+    # searches these objects less often, which saves 0.1 s.
     gc.set_threshold(50_000)
     # atexit runs functions in reverse order, after all threads have ended. ``flush_and_exit`` is
     # registered first and so runs last.
@@ -98,10 +98,10 @@ def entry() -> None:
 
 def main() -> None:
     """Run this process's command line. Raise SystemExit with the exit code."""
-    sys.stdout = _open_stream(sys.stdout)
-    sys.stderr = _open_stream(sys.stderr)
+    sys.stdout = _usable_stream(sys.stdout)
+    sys.stderr = _usable_stream(sys.stderr)
     signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _send_signal_again
+    sys.unraisablehook = _resend_lost_signal
     with checked_output():
         exit_code = _run_command()
         # The work is done, so a signal from now on ends the process without a message.
@@ -110,7 +110,7 @@ def main() -> None:
         sys.exit(exit_code)
 
 
-def _open_stream(stream: TextIO | None) -> TextIO:
+def _usable_stream(stream: TextIO | None) -> TextIO:
     """Return ``stream``. For None, return a stream to nowhere.
 
     Python sets ``sys.stderr`` to None if the caller closed stderr, as a shell does for ``2>&-``.
@@ -124,7 +124,7 @@ def _run_command() -> int:
     """Run the command and return the exit code."""
     try:
         with show_warnings():
-            return int(app(standalone_mode=False) or 0)
+            return int(app(standalone_mode=False) or 0)  # typer raises errors, and prints none
     except KeyboardInterrupt:  # a command that had begun has already printed a message
         return INTERRUPTED_EXIT_CODE
     except TYPER_USAGE_ERROR as error:
@@ -154,7 +154,7 @@ def _run_command() -> int:
 
 def _usage_error_message(error: Any) -> str:  # noqa: ANN401 - typer exports no name for its type
     """Return a message about a wrong command line. The last sentence names the help command."""
-    message = error.format_message().replace("Value error, ", "")
+    message = error.format_message().replace("Value error, ", "")  # without pydantic's prefix
     message = OPTIONS_HINT_PATTERN.sub("", message)
     sentence = f"{message[:1].lower()}{message[1:]}"
     if not sentence.endswith((".", "?")):
@@ -162,13 +162,14 @@ def _usage_error_message(error: Any) -> str:  # noqa: ANN401 - typer exports no 
     sentence += _suggestion(error, message)
     command = "vilu"
     if error.ctx is not None:
+        # the root may have another name than "vilu", such as "python -m vilu.cli"
         program = error.ctx.find_root().command_path
         command += error.ctx.command_path.removeprefix(program)
     return f"{sentence} See {command} --help."
 
 
 def _suggestion(error: Any, message: str) -> str:  # noqa: ANN401 - typer exports no name for it
-    """Return the question whether a similar word was meant. Return "" if nothing is similar."""
+    """Return a question such as " Did you mean 'cpu'?". Return "" if no known word is similar."""
     similar_options = getattr(error, "possibilities", None)
     if similar_options:
         return did_you_mean(error.option_name, similar_options)
@@ -198,10 +199,11 @@ def _memory_limit_sentence() -> str:
     return f" `ulimit -v` allows this process {max_bytes // 2**20:,} MiB."
 
 
-def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python exports no type
-    """Send SIGINT or SIGTERM again if the exception was lost in code that cannot raise exceptions.
+def _resend_lost_signal(unraisable: Any) -> None:  # noqa: ANN401 - Python exports no type
+    """Send SIGINT or SIGTERM again if the signal's exception was lost.
 
-    Such code is, for example, a destructor or a C callback. Python reports all other lost
+    SIGINT raises KeyboardInterrupt, and SIGTERM raises SystemExit. Code that cannot raise
+    exceptions, such as a destructor or a C callback, loses them. Python reports all other lost
     exceptions as usual.
     """
     signal_of_exception = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
@@ -209,7 +211,7 @@ def _send_signal_again(unraisable: Any) -> None:  # noqa: ANN401 - Python export
     if signal_number is None:
         sys.__unraisablehook__(unraisable)
     else:
-        # The signal is sent after a short time: the main thread has then left the code that lost
+        # Send the signal after a short time. By then, the main thread has left the code that lost
         # the exception.
         timer = threading.Timer(0.01, os.kill, [os.getpid(), signal_number])
         timer.start()

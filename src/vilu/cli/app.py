@@ -79,7 +79,7 @@ PRIVATE_COMMANDS: Final = frozenset(
 """Commands that write photo paths and labels. By default no other user may read these files."""
 
 OCTAL_NUMBER: Final = re.compile(r"[0-7]{1,4}")
-"""What a umask looks like."""
+"""Pattern of a umask, such as "022"."""
 
 
 def show_version(value: bool) -> None:
@@ -176,28 +176,28 @@ def with_common_flags(command: Callable[..., None]) -> Callable[..., None]:
     for name, annotation in flags.items():
         flag = Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         parameters.append(flag)
-    # typer reads the options from here
+    # typer reads the options from ``__signature__``
     vars(run)["__signature__"] = Signature(parameters)
     return run
 
 
 def _set_umask(context: typer.Context, umask: str | None) -> None:
-    """Set the rights not given to new files. The old umask comes back when the command ends."""
+    """Set the umask: the rights that new files do not get. Restore the old umask at the end."""
     if umask is None and context.invoked_subcommand not in PRIVATE_COMMANDS:
         return
-    octal_umask = "077" if umask is None else umask
+    octal_umask = "077" if umask is None else umask  # 077: no rights for other users
     if not OCTAL_NUMBER.fullmatch(octal_umask):
         raise UsageError(
             f"--umask is an octal number such as 022. Got {octal_umask!r:.40} instead."
         )
     umask_before = os.umask(int(octal_umask, 8))
-    context.call_on_close(lambda: os.umask(umask_before))
+    context.call_on_close(lambda: os.umask(umask_before))  # when the command ends
 
 
 def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command: check the input paths, and print a message after Ctrl-C or SIGTERM.
 
-    The message tells what happens if the same command runs again.
+    The message says what happens if the same command runs again.
     """
 
     @wraps(command)
@@ -223,7 +223,7 @@ def with_stop_message(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def command_name(command: Callable[..., None]) -> str:
-    """Return a command's name: no trailing underscore, and hyphens in place of underscores."""
+    """Return a command's name: "audit-labels" for ``audit_labels``, and "list" for ``list_``."""
     return command.__name__.removesuffix("_").replace("_", "-")
 
 
@@ -266,7 +266,8 @@ def add_command(
     """Add a command to a command group, with checks and the common flags."""
     stoppable_command = with_stop_message(command)
     wrapped_command = with_common_flags(stoppable_command)
-    group.command(name, cls=PanelledCommand, rich_help_panel=panel)(wrapped_command)
+    register = group.command(name, cls=PanelledCommand, rich_help_panel=panel)
+    register(wrapped_command)
 
 
 for panel, commands in COMMANDS.items():

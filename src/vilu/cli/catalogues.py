@@ -26,7 +26,7 @@ COLUMNS_BELOW_ROW = ("folder", "archives", "trouble", "to do")
 """Columns of ``vilu datasets check`` to print on separate lines below the row."""
 
 BENCH_HINT = "the data sets that have a name come with: pip install 'vilu[bench]'"
-"""Closing line if no data set has a name, since vilu-bench is not installed."""
+"""Closing line if vilu knows no data set by name, because vilu-bench is not installed."""
 
 DATASET_FIELDS = (
     "name",
@@ -152,7 +152,7 @@ def _presence_cells(presence: Presence) -> dict[str, str]:
     if missing_files:
         listed_files = ", ".join(missing_files)
         problems.append(f"missing: {listed_files}")
-    # keeps the order, and leaves out repeated and empty texts
+    # without empty and repeated texts, in the same order
     distinct_problems = dict.fromkeys(problem for problem in problems if problem)
     folder = ""
     if presence.folder is not None:
@@ -175,27 +175,27 @@ def _grouped_by_state(archives: Mapping[str, str]) -> str:
     """Join archive names, grouped by state: "right: a.zip, b.zip; wrong: c.zip"."""
     names_of_state: dict[str, list[str]] = {}
     for name, state in archives.items():
-        # A state's first archive makes the list. Further archives are added to this list.
         names_of_state.setdefault(state, []).append(name)
     groups = [f"{state}: {', '.join(names)}" for state, names in names_of_state.items()]
     return "; ".join(groups)
 
 
 def _count_text(split: Count) -> str:
-    """Format image counts, such as "90/100 (published 120)" for 90 found out of 100 listed images.
+    """Format image counts: "90/100 (published 120)" for 90 found, 100 listed, 120 published images.
 
-    The published number is left out if unknown, or equal to the listed number.
+    Without a list, the published number stands after the slash. A published number that is equal to
+    the listed number is not repeated.
     """
     n_published = split.expected
     n_expected = n_published if split.listed is None else split.listed
-    count = "?"
+    counts = "?"
     if split.found is not None:
-        count = f"{split.found:,}"
+        counts = f"{split.found:,}"
     if n_expected is not None:
-        count = f"{count}/{n_expected:,}"
+        counts = f"{counts}/{n_expected:,}"
     if n_published is None or n_published == n_expected:
-        return count
-    return f"{count} (published {n_published:,})"
+        return counts
+    return f"{counts} (published {n_published:,})"
 
 
 def list_(
@@ -206,11 +206,13 @@ def list_(
 ) -> None:
     """List predictors, backbones, metrics or data set layouts.
 
-    Data sets by name are listed by `vilu datasets list`. The columns for a predictor are: labels
-    ("yes", "no", or "images" for a fit on images without labels); captions, whether the predictor
-    works on image-caption pairs; classes, any or only the classes of the fit; the needed flags of
-    `vilu embed` (in brackets: optional flags); the reference, the description and the cost of the
-    predictor.
+    Data sets by name are listed by `vilu datasets list`.
+
+    For predictors, the column "labels" says whether the fit needs labels ("images": the fit needs
+    images without labels). "captions" says whether the predictor works on image-caption pairs.
+    "classes" is "any", or "fitted" for only the classes of the fit. "embed with" has the needed
+    flags of `vilu embed`, and optional flags in brackets. The description and the cost stand below
+    each row.
     """
     rows_of_catalogue = {
         "predictors": _predictor_rows,
@@ -259,7 +261,7 @@ def _predictor_row(name: str, cls: type[FailurePredictor]) -> dict[str, Any]:
     if cls.closed_set:  # the method only works on the classes of the fit
         classes = "those of training"
     needed_columns = list(cls.columns)
-    if cls.takes == "answers":  # these columns are table columns, not made by `vilu embed`
+    if cls.takes == "answers":  # ``cls.columns`` are columns of a table, not made by `vilu embed`
         needed_columns = []
     return {
         "name": name,
@@ -300,7 +302,7 @@ def _metric_row(name: str, metric: Metric) -> dict[str, Any]:
     if metric.of_probability:
         measured_quantity = "probability"
     computed_when: str = metric.wanted
-    if metric.question != "failure":  # the metric needs pictures of none of the classes
+    if metric.question != "failure":  # the metric needs pictures outside all classes
         computed_when = "with outside rows"
     return {
         "name": name,
@@ -354,7 +356,7 @@ def _backbone_rows() -> list[dict[str, Any]]:
 
     rows = []
     for name, kind in BACKBONES.items():
-        if isinstance(kind, BackboneKind):
+        if isinstance(kind, BackboneKind):  # named backbones follow below
             facts = {"name": name, "install": _extra_text(kind), "what it is": kind.description}
             rows.append(facts)
     models = named_backbones()
@@ -364,7 +366,7 @@ def _backbone_rows() -> list[dict[str, Any]]:
             f"hf:{model.hf}"
         )
         row = {"name": name, "install": "vilu[clip]", "what it is": description}
-        rows.append(row | asdict(model))  # all facts are printed with --json
+        rows.append(row | asdict(model))  # the model's facts are printed only with --json
     return rows
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vilu.artifacts.paths import FileKind
 
 logger = logging.getLogger("vilu")
-LOG_INTERVAL_SECONDS = 10.0  # seconds between progress lines, if stderr is no terminal
+LOG_INTERVAL_SECONDS = 10.0  # time between a task's log lines, if stderr is no terminal
 
 # Exit codes: 128 + the signal number (SIGINT, SIGPIPE, SIGTERM).
 INTERRUPTED_EXIT_CODE = 130
@@ -69,8 +69,8 @@ class CheckedOutput:
     def write(self, text: str) -> int:
         """Write a text. Characters missing in the encoding are escaped."""
         if text == "":
-            # Typer writes "" to test the stream, and ignores an error from this test. The error
-            # must come when a real text is written.
+            # Typer writes "" to test the stream, and ignores errors from this test. So the test
+            # writes nothing: an error comes only when a real text is written.
             return 0
         with self._convert_write_errors():
             try:
@@ -88,13 +88,13 @@ class CheckedOutput:
 
     @contextmanager
     def _convert_write_errors(self) -> Iterator[None]:
-        """Convert an OSError in the block: StorageError, or exit code 141 for a closed pipe."""
+        """Raise StorageError for an OSError in the block. For a closed pipe, exit with code 141."""
         try:
             yield
         except OSError as error:
             with suppress(OSError, ValueError), open(os.devnull, "wb") as devnull:  # noqa: PTH123
-                # From now on, the stream writes to nowhere. Otherwise Python would write the
-                # buffer's rest at the exit, and fail again.
+                # Let the stream write to nowhere. Otherwise Python would write the rest of the
+                # buffer at the exit, and fail again.
                 os.dup2(devnull.fileno(), self.stream.fileno())
             if error.errno == errno.EPIPE:
                 raise SystemExit(PIPE_CLOSED_EXIT_CODE) from error
@@ -202,10 +202,10 @@ class Bar:
 class BarReporter:
     """Reporter with a progress bar: count, rate and time left.
 
-    The bar is on the screen only while the task runs.
+    rich draws one bar at a time. After the task, the bar stays on the screen.
     """
 
-    current_bar: Bar | None = None  # the bar on the screen
+    current_bar: Bar | None = None  # the running task's bar
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
         """Show a new bar. A task gets no bar if another task is running."""
@@ -248,14 +248,14 @@ class LoggedTask:
         self.description = description
         self.total = total
         self.unit = unit
-        self.n_done = 0.0  # number of steps done so far
-        self.n_logged = 0.0  # value of ``n_done`` in the last progress line
+        self.n_done = 0.0  # steps done so far
+        self.n_logged = 0.0  # value of ``n_done`` in the last log line
         self.note = ""
         self.start_time = time.monotonic()
-        self.log_time = self.start_time  # time when the last progress line was written
+        self.log_time = self.start_time  # time of the last log line, at first the start
 
     def advance(self, steps: float, note: str = "") -> None:
-        """Count the steps, and log the count if the last progress line is ten seconds old."""
+        """Count the steps, and log the count if the last log line is ten seconds old."""
         self.n_done += steps
         self.note = note
         if time.monotonic() - self.log_time >= LOG_INTERVAL_SECONDS:
@@ -265,7 +265,7 @@ class LoggedTask:
         """Log the count and the rate."""
         self.log_time = time.monotonic()
         self.n_logged = self.n_done
-        seconds = max(self.log_time - self.start_time, 1e-9)
+        seconds = max(self.log_time - self.start_time, 1e-9)  # never 0, for the division below
         total = ""
         if self.total is not None:
             total = f"/{self.total:,.0f}"
@@ -285,7 +285,7 @@ def _format_speed(speed: float, unit: str) -> str:
 
 
 class LogReporter:
-    """Reporter with progress lines in the log, for output to a file or pipe."""
+    """Reporter that logs the progress, for output to a file or pipe."""
 
     def start(self, description: str, total: float | None, unit: str) -> LoggedTask:
         """Start a task."""
@@ -303,7 +303,7 @@ class LogReporter:
 
 def log_next_step(message: str) -> None:
     """Log a command's closing line, usually what to do next."""
-    # The message is escaped, because log handlers cannot write names without valid UTF-8.
+    # The message is escaped, because log handlers cannot write file names with invalid UTF-8.
     logger.info("%s", escape_unprintable(message))
 
 
@@ -341,22 +341,22 @@ def prepare_output(
     Returns:
         The function ``write_output(write)``, to be called after the work. ``write_output`` calls
         ``write(path, inputs)``, where ``inputs`` is the digest of ``input_paths`` and ``settings``.
-        If the file already has the result for these inputs, the function only logs that there is
-        nothing to do. If there is no output file, the function does nothing.
+        If the file already has the result for these inputs, ``write_output`` only logs this. If
+        there is no output file, ``write_output`` does nothing.
     """
     input_digest = ""
-    is_written = False
+    has_result = False
     if output is not None:
         # This import is here because `vilu --help` must not import pydantic.
         from vilu.artifacts.paths import claim_file, inputs_digest
 
         input_digest = inputs_digest(*input_paths, **settings)
-        is_written = claim_file(output, kind, input_digest, overwrite=overwrite)
+        has_result = claim_file(output, kind, input_digest, overwrite=overwrite)
 
     def write_output(write: ResultWriter) -> None:
         if output is None:
             return
-        if is_written:
+        if has_result:
             log_nothing_to_do(output)
         else:
             write(output, input_digest)
@@ -369,7 +369,9 @@ STORE_KIND = "a store of embeddings"
 PREDICTOR_KIND = "a predictor"
 SCORES_KIND = "scores"
 BENCHMARK_KIND = "the output of a benchmark"
-# For parameters that several commands share: the input kinds.
+SWAPPED_PAIRS = {(PREDICTOR_KIND, STORE_KIND), (STORE_KIND, PREDICTOR_KIND)}
+"""Wanted and actual kinds if the user swaps a predictor and a store."""
+# Input kinds for the parameters of several commands.
 PREDICTOR_AND_STORE_KINDS = {"predictor": PREDICTOR_KIND, "store": STORE_KIND}
 KINDS_WITH_SECOND_STORE = {**PREDICTOR_AND_STORE_KINDS, "second": STORE_KIND}
 INPUT_KINDS: dict[str, dict[str, str]] = {
@@ -391,7 +393,7 @@ INPUT_KINDS: dict[str, dict[str, str]] = {
     "export": {"predictor": PREDICTOR_KIND},
     "push": {"predictor": PREDICTOR_KIND},
 }
-"""For every command, maps the parameters to the expected input kinds.
+"""Maps a command's name to the expected input kinds by parameter.
 
 A message names the inputs in this order: a command's arguments come before the options.
 """
@@ -399,7 +401,7 @@ A message names the inputs in this order: a command's arguments come before the 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 INPUT_KINDS_OF_PLUGINS: dict[str, Mapping[str, str]] = {}
-"""Input kinds for commands from other packages. A key is the name of a command's function.
+"""For commands from other packages: maps a command function's name to the expected input kinds.
 
 The decorator ``wants_inputs`` adds the entries.
 """
@@ -412,7 +414,7 @@ The decorator ``resumable`` adds the names.
 
 
 def wants_inputs(**kinds: str) -> Callable[[Command], Command]:
-    """Decorate another package's command with the input kinds, as in ``INPUT_KINDS``."""
+    """Return a decorator for another package's command: ``kinds`` are the expected input kinds."""
 
     def mark(command: Command) -> Command:
         INPUT_KINDS_OF_PLUGINS[command.__name__] = kinds
@@ -459,24 +461,24 @@ def require_input_kinds(
         values: The parameter values.
         wanted_kinds: Maps a parameter to the expected input kind.
     """
-    # An empty argument and the argument "." give the same ``Path()``. Only the command line shows
-    # the difference.
-    may_be_empty = Path() in values.values() or values.get("source") == ""
-    if may_be_empty and "" in sys.argv:
+    # "" and "." give the same ``Path()``. Only the command line shows the difference.
+    has_empty_or_dot_path = Path() in values.values()
+    has_empty_source = values.get("source") == ""  # `vilu embed` takes the source as a text
+    if (has_empty_or_dot_path or has_empty_source) and "" in sys.argv:
         raise UsageError(
             "an argument is empty where a path should be. Write . if this folder is meant."
         )
     wrong_path_texts = []
-    kind_pairs = set()  # for every wrong path, the wanted kind and the actual kind
+    wrong_pairs = set()  # for every wrong path, the wanted kind and the actual kind
     for parameter, wanted_kind in wanted_kinds.items():
         for path in _paths_in(values.get(parameter)):
             kind = input_kind(path)
             if kind not in {None, wanted_kind}:
                 wrong_path_texts.append(f"{path} is {kind}, where {wanted_kind} should be")
-                kind_pairs.add((wanted_kind, kind))
+                wrong_pairs.add((wanted_kind, kind))
     if wrong_path_texts:
         advice = ""
-        if kind_pairs == {(PREDICTOR_KIND, STORE_KIND), (STORE_KIND, PREDICTOR_KIND)}:
+        if wrong_pairs == SWAPPED_PAIRS:
             advice = " They are in the wrong order."
         raise UsageError(f"{', and '.join(wrong_path_texts)}.{advice} See vilu {command} --help.")
 
@@ -484,12 +486,12 @@ def require_input_kinds(
 def parse_pairs(option: str, texts: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
     """Parse a repeatable option's values NAME=KEY into a dictionary.
 
-    ``form`` is how messages write such a value.
+    ``form`` stands for such a value in messages.
     """
     pairs: dict[str, str] = {}
     for text in texts or ():
-        name, sign, value = text.partition("=")
-        if not (name and sign):
+        name, equals_sign, value = text.partition("=")
+        if not (name and equals_sign):
             raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
         if name in pairs:
             name_in_words, _, _ = form.lower().partition("=")  # NAME=KEY gives "name"

@@ -79,7 +79,7 @@ DEMO_METHODS: dict[str, tuple[str, dict[str, object]]] = {
 """Maps a method's label in the table to the method's name and hyper-parameters."""
 
 ADAPTED_METHOD = "vilu_plus"
-"""Label of the method for comparing adapted answers with zero-shot answers."""
+"""Label of the method whose adapted answers are compared with the zero-shot answers."""
 
 N_PHOTOS_SHOWN = 8
 """Number of photos in each row of the contact sheet, and in the printed list."""
@@ -103,7 +103,7 @@ class DemoResult:
 
 
 def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
-    """Run the demo, and write tables, figures and photos to sort into ``output``.
+    """Run the demo. Write the results into ``output``: tables, figures, and a folder to sort.
 
     Embeddings and predictors are cached in ``output/cache``, so a second run is fast. The cache
     name is a hash over the data, the weights and the seed.
@@ -120,7 +120,7 @@ def run_demo(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoRes
         adapted_outcomes = score_test_photos(ADAPTED_METHOD, stores, cache, seed, answer="adapted")
         vilu_plus_outcomes, *_ = outcomes  # vilu_plus is the first of DEMO_METHODS
         trusted_photos, doubtful_photos = pick_photos(vilu_plus_outcomes, photos)
-        write_folder(photos, output, seed)
+        write_folder_to_sort(photos, output, seed)
         table = evaluate(outcomes, seed=seed)
         page = report_page(
             outcomes,
@@ -197,20 +197,22 @@ DEMO_ENTRIES = (
 
 
 def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder has files from anything but a demo with this key."""
+    """Raise UsageError if the folder is in use by other files, or by a demo with another key.
+
+    With ``overwrite``, a demo with another key is no error.
+    """
     caches = (output / "cache").glob("*")
+    # the folder of a cache is named by the demo's key, a digest
     is_begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in caches)
     recorded_inputs = kind_and_inputs(output / "results.json")
-    has_no_results = recorded_inputs is None
-    # A stopped demo without results may go on.
-    is_same_demo = has_no_results or recorded_inputs == ("results", key)
+    is_same_demo = recorded_inputs == ("results", key)
+    is_stopped_demo = recorded_inputs is None  # without results, so the demo may go on
+    may_continue = is_begun and (is_same_demo or is_stopped_demo)
 
     def is_of_demo(path: Path) -> bool:
         return is_begun and path.name in DEMO_ENTRIES
 
-    claim_folder(
-        output, "demo", is_of_demo, has_same_inputs=is_begun and is_same_demo, overwrite=overwrite
-    )
+    claim_folder(output, "demo", is_of_demo, has_same_inputs=may_continue, overwrite=overwrite)
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -234,8 +236,8 @@ def score_test_photos(
 ) -> Outcomes:
     """Score the test photos with the method for this label in ``DEMO_METHODS``.
 
-    The predictor is fitted on the training photos, and the validation photos select the epoch. If
-    the predictor is in the cache already, the predictor is loaded.
+    The predictor is fitted on the training photos, and the validation photos select the epoch. A
+    predictor that is in the cache already is loaded instead.
     """
     name, parameters = DEMO_METHODS[label]
     folder = cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
@@ -261,9 +263,9 @@ RUDE_PHOTOS = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
     """Decode the test photos with the smallest and with the largest uncertainties."""
-    is_presentable = np.array([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
-    rows_by_uncertainty = np.argsort(outcomes.uncertainty, kind="stable")
-    rows_by_trust = rows_by_uncertainty[is_presentable[rows_by_uncertainty]]
+    presentable_rows = np.flatnonzero([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
+    order = np.argsort(outcomes.uncertainty[presentable_rows], kind="stable")
+    rows_by_trust = presentable_rows[order]
     rows_by_doubt = rows_by_trust[::-1]
     dataset = open_dataset(photos, split="test")
     read_of_key = {record.key: record.read for record in dataset.records(0, len(dataset))}
@@ -272,9 +274,9 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
         """Decode the photos in these rows, with the model's answers."""
         pictures = []
         for answer in photo_answers(outcomes, rows):
-            image = decode_image(read_of_key[answer.key]()).image
+            read_photo = read_of_key[answer.key]
             photo = Photo(
-                image=image,
+                image=decode_image(read_photo()).image,
                 prediction=answer.prediction,
                 truth=answer.truth,
                 uncertainty=answer.uncertainty,
@@ -296,7 +298,7 @@ N_PHOTOS_TO_SORT = 400
 """Number of photos in the folder."""
 
 
-def write_folder(photos: Path, output: Path, seed: int) -> None:
+def write_folder_to_sort(photos: Path, output: Path, seed: int) -> None:
     """Write a folder to sort: photos from the test split, class names, and each photo's label.
 
     The seed draws the photos. Further photos of the split, left by an earlier demo, are removed.
@@ -312,7 +314,8 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
         file = f"{Path(record.key).stem}.jpg"
         label = record.label or 0  # every record has a label, although the type allows None
         name = PROMPT_NAMES[label]
-        is_full = len(lines) > N_PHOTOS_TO_SORT
+        n_written = len(lines) - 1  # without the heading
+        is_full = n_written == N_PHOTOS_TO_SORT
         if name not in SORTED_CLASSES or is_full:
             (folder / file).unlink(missing_ok=True)
             continue

@@ -18,10 +18,10 @@ MAX_RISK: Final = 0.1
 """Largest error rate among the accepted photos in the folder."""
 
 N_LABELS_TO_FIT: Final = 60
-"""Number of labels in the triage's first request, to fit on."""
+"""Number of labels that the triage requests first, to fit on."""
 
 N_LABELS_TO_TEST: Final = 140
-"""Number of labels in the triage's next request: photos drawn at random for a guarantee."""
+"""Number of labels that the triage requests next, for photos drawn at random for a guarantee."""
 
 
 @console.resumable
@@ -34,8 +34,9 @@ def demo(
 ) -> None:
     """Run all steps on real photos of 10 kinds of clothes: see which answers to distrust.
 
-    A small model embeds the photos. The first run takes minutes on two cores, the second seconds.
-    Prints a table, and saves figures. Then a triage sorts a folder of 400 photos with 200 labels.
+    A small model embeds the photos. On two cores, the first run takes minutes, and a second run
+    takes seconds. The command prints a table, and saves figures. Then a triage sorts a folder of
+    400 photos with 200 labels.
     """
     from vilu.cli.demo import run_demo
 
@@ -49,11 +50,12 @@ def demo(
 def sort_folder(output: Path, seed: int) -> str:
     """Sort the demo folder, and describe the plan and the result in sentences.
 
-    The labels come from the data set. The triage reads only the requested labels.
+    The labels come from the data set. The triage reads only the requested labels. It runs three
+    times:
 
-    1. A run without labels says what labels could show, and asks for photos to fit on.
-    2. A run with these labels fits a predictor, and draws photos at random for a guarantee.
-    3. A run with the drawn photos' labels accepts the answers up to a guaranteed threshold.
+    1. Without labels, the triage says what labels could show, and requests labels to fit on.
+    2. With these labels, it fits a predictor, and requests labels for photos drawn at random.
+    3. With the drawn photos' labels, it accepts the answers up to a guaranteed threshold.
     """
     from vilu.backbones.zeroshot import everyday_words
     from vilu.cli.demo import BACKBONE, SORTED_CLASSES
@@ -65,7 +67,9 @@ def sort_folder(output: Path, seed: int) -> str:
     backbone_spec = BackboneSpec(BACKBONE)
     settings = TriageSettings(
         photos=output / "photos",
-        embedding=EmbeddingSettings(backbone_spec, SORTED_CLASSES, None, everyday_words()),
+        embedding=EmbeddingSettings(
+            backbone_spec, SORTED_CLASSES, templates=None, negatives=everyday_words()
+        ),
         max_risk=MAX_RISK,
         n_next=N_LABELS_TO_FIT,
         seed=seed,
@@ -87,9 +91,9 @@ def sort_folder(output: Path, seed: int) -> str:
 
 
 def write_asked_labels(output: Path, name: str) -> Path:
-    """Write the labels of the photos that the triage asks for, in place of a person.
+    """Write the labels that the triage asks for, in place of a person. Return the file's path.
 
-    If somebody has added a photo to the folder, the label is not known, and the photo is skipped.
+    If somebody has added a photo to the folder, its label is not known, and the photo is skipped.
     """
     from vilu.triage.labels import SKIPPED
 
@@ -104,7 +108,7 @@ def write_asked_labels(output: Path, name: str) -> Path:
 
 
 def accepted_in_words(output: Path) -> str:
-    """Say how many accepted answers are wrong, by labels that the triage does not know."""
+    """Say in a sentence how many accepted answers are wrong, by labels unknown to the triage."""
     label_of_path = {row["path"]: row["label"] for row in read_rows(output / "labels.csv")}
     n_accepted = 0
     n_wrong = 0

@@ -52,6 +52,7 @@ Confidence = Annotated[
 ]
 
 
+# the parameter ``reading_flags`` is replaced by several flags
 @partial(with_reading_flags, excluded_flags=STUDY_FLAGS | POOL_FLAGS)
 def estimate(
     data: Data,
@@ -107,9 +108,9 @@ def _refuse_labels_chosen_to_fit(source: EmbeddingSource) -> None:
 def _find_predictor(
     source: EmbeddingSource, data: Path, predictor: Path | None
 ) -> FailurePredictor:
-    """Return the predictor for scoring: a saved predictor, or a table's only score column.
+    """Return the predictor for scoring: the saved predictor, or else a table's only score column.
 
-    ``data`` is the path of ``source``, named in an error message.
+    ``data`` is the path of ``source``, for error messages.
     """
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.tables.methods import method_of_only_score
@@ -150,7 +151,7 @@ def _score_unused_rows(
     from vilu.tables import scores
     from vilu.tables.table import AnswerTable
 
-    is_unused = predictor.unseen(source, "estimated")
+    is_unused = predictor.unseen(source, role="estimated")
     outcomes = score_unseen(predictor, source, is_unused, dataset=data.name)
     if with_classes and isinstance(source, AnswerTable):
         return scores.outcomes_with_classes(outcomes, source)
@@ -162,7 +163,7 @@ def _estimates_in_words(estimates: tuple[Estimate, ...], confidence: float) -> s
     from vilu.calibration.thresholds import exact_percent
 
     error_rate, *class_shares = estimates
-    low, high = error_rate.plain
+    low, high = error_rate.plain  # the interval from the labels alone
     lines = [
         f"{plural(error_rate.n, 'row')}, of which {error_rate.n_labelled:,} have a label; they "
         "must be a random sample",

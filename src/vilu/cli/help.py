@@ -63,7 +63,7 @@ METAVAR_OF_TYPE: Final[Mapping[str, str]] = {
     "<float>": "NUMBER",
     "<float range>": "NUMBER",
 }
-"""Maps typer's name for a type to the name that help texts give a value of the type."""
+"""Maps typer's name for a type to the value name in help texts."""
 
 SHARE: Final = "SHARE"
 """A number from 0 to 1."""
@@ -96,7 +96,7 @@ METAVAR_OF_OPTION: Final[Mapping[str, str]] = {
     "template": "PROMPT",
     "timeout": "SECONDS",
 }
-"""Maps an option to the value name in help texts, if the type says too little."""
+"""Maps an option to the value name in help texts, where the type says too little."""
 
 
 class PanelledCommand(TyperCommand):
@@ -128,21 +128,21 @@ class PanelledCommand(TyperCommand):
 
 def with_range_in_words(text: str) -> str:
     """Return an option's help, with "1 to 9" for "1<=x<=9", and "at least 1" for "x>=1"."""
-    # a maximum of ten or more digits is left out, since nobody reaches the maximum
+    # leave out a maximum of ten or more digits, because nobody reaches it
     text = re.sub(r"([\d.]+)<=x<=\d{10,}", r"at least \1", text)
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
     return re.sub(r"x>=([\d.]+)", r"at least \1", text)
 
 
 def _set_metavar(parameter: Any) -> None:  # noqa: ANN401 - a parameter of typer
-    """Set the name of a parameter's value in the help, such as PATH, unless set already."""
+    """Set a parameter's value name in the help, such as PATH, unless the parameter has one."""
     if parameter.metavar is not None:
         return
     if isinstance(parameter, TyperOption):
         context: Any = None  # typer needs a context only to change the case of choices
         type_name = parameter.display_type(context)
         metavar = METAVAR_OF_TYPE.get(type_name)
-        if metavar is not None:  # None: typer lists all values
+        if metavar is not None:  # without a metavar, typer lists the possible values
             parameter.metavar = METAVAR_OF_OPTION.get(parameter.name, metavar)
     else:
         parameter.metavar = parameter.name.upper()
@@ -154,7 +154,7 @@ class PanelledGroup(TyperGroup):
     def format_commands(self, ctx: Context, formatter: Formatter) -> None:
         """Write the names and the first sentences of the commands, group by group."""
         names = self.list_commands(ctx)
-        width = formatter.width - 6 - max(map(len, names))
+        width = formatter.width - 6 - max(map(len, names))  # 6 columns for spaces, as in typer
         groups: dict[str, list[HelpRow]] = {}
         for name in names:
             command = self.get_command(ctx, name)
@@ -162,7 +162,8 @@ class PanelledGroup(TyperGroup):
                 continue
             panel = getattr(command, "rich_help_panel", None)
             group = panel or "Commands"
-            groups.setdefault(group, []).append((name, command.get_short_help_str(width)))
+            sentence = command.get_short_help_str(width)
+            groups.setdefault(group, []).append((name, sentence))
         _write_groups(formatter, groups.items())
 
 

@@ -329,7 +329,10 @@ def _is_compact(backbone: str) -> bool:
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """Return the templates from the flags, by a name or as texts. None without such flags."""
+    """Return the templates from the flags. A flag is a template, or names several templates.
+
+    Return None if there is no flag.
+    """
     from vilu.backbones.zeroshot import expand_template_names
 
     if not texts:
@@ -398,7 +401,8 @@ def _next_command_without_labels(
     if command == "score":
         return next_command(output, split, source)
     if command == "calibrate" and store.identified_by:
-        # A calibration needs labels. 200 are enough to show 5 % if few of the answers are wrong.
+        # A calibration needs labels. `vilu next` requests labels, but only for identified rows. 200
+        # labels are enough to show a risk below 5 % if few of the answers are wrong.
         flags = ["--predictor", "PREDICTOR", "--for-guarantee", "-n", "200", "-o", "next.csv"]
         return console.shell_command("vilu", "next", output, *flags)
     method = "vilu_zero" if store.has_texts else "mcm"
@@ -406,7 +410,7 @@ def _next_command_without_labels(
 
 
 def _first_suggestion(*names: str | None) -> str:
-    """Return the command that the first telling name suggests, or "fit"."""
+    """Return the suggestion from the first name that suggests a command, or else "fit"."""
     for name in names:
         suggested_command = _suggested_command(name)
         if suggested_command is not None:
@@ -415,7 +419,7 @@ def _first_suggestion(*names: str | None) -> str:
 
 
 def _suggested_command(name: str | None) -> str | None:
-    """Return the command that a name's beginning suggests. None without a suggestion."""
+    """Return the command that a name's beginning suggests, or None."""
     if not name:
         return None
     lower_name = Path(name).name.lower()
@@ -430,7 +434,7 @@ def _open_images(
     max_error_rate: float,
     **options: Any,  # noqa: ANN401 - keyword arguments of ``open_dataset``
 ) -> ImageDataset:
-    """Open the images. Refuse if a larger share than ``max_error_rate`` is unreadable.
+    """Open the images. Raise an error if more than the share ``max_error_rate`` is unreadable.
 
     The images are opened before torch is imported, because the import of torch takes seconds.
     """

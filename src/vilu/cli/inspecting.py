@@ -77,7 +77,7 @@ def check_artefacts(path: Path) -> Iterator[Artefact]:
 
 
 def _find_by_plugin(path: Path) -> Artefact | None:
-    """Find the artefact at a path if another package recognises the artefact, else None."""
+    """Return the artefact at a path if another package recognises it, else None."""
     for entry in entry_points(ARTEFACT_GROUP):
         recognise = load_entry(entry, "artefact")
         artefact: Artefact | None = recognise(path)
@@ -115,7 +115,7 @@ def refuse_list_for_people(path: Path) -> None:
         return
     names = set(csv_names(path))
     if "id" in names:
-        return  # a table of answers may have these columns, too
+        return  # a table of answers, perhaps with the columns below, too
     if names.issuperset(DECISION_COLUMNS):
         raise DataError(
             f"{path} is a list for people: the decisions of `vilu triage`. It has no digest, so it "
@@ -141,7 +141,7 @@ def _check_document(path: Path) -> Artefact:
 
 def _check_table(path: Path) -> Artefact:
     """Check a Parquet file."""
-    table, metadata = read_table(path, ())
+    table, metadata = read_table(path, text_columns=())
     kind = str(metadata.get("kind", "table of another program"))
     n_rows = len(table)
     if kind == "monitor":
@@ -163,13 +163,13 @@ def _check_monitor_state(path: Path, metadata: dict[str, object]) -> None:
 
 
 def _describe(path: Path, kind: str, n_rows: int) -> Artefact:
-    """Describe an artefact by the kind and, if there are rows, by the row count."""
+    """Return an artefact, described by the kind and, if there are rows, by the row count."""
     description = f"{kind}, {plural(n_rows, 'row')}" if n_rows else kind
     return Artefact(path, description)
 
 
 def _check_predictor(path: Path) -> Artefact:
-    """Check a predictor and the calibration, if any, by loading both."""
+    """Check a predictor, and its calibration if there is one, by loading both."""
     predictor = load_predictor(path)
     calibration = Calibration.find(path)
     calibration_text = "not calibrated"
@@ -179,7 +179,7 @@ def _check_predictor(path: Path) -> Artefact:
 
 
 def _check_store(path: Path) -> Artefact:
-    """Read every byte in a store."""
+    """Check a store by reading every byte."""
     report = inspect_store(path, deep=True)
     require_sound(report, path)
     return Artefact(path, str(report))
@@ -194,8 +194,8 @@ def require_sound(report: StoreReport, path: Path) -> None:
 
 
 def _check_scores(path: Path) -> Artefact:
-    """Read every byte in a score folder."""
+    """Check a score folder by reading every byte."""
     scores = ScoreFolder(path)
     scores.verify()
-    scores.tally()
+    scores.tally()  # raises an error if `vilu evaluate` could not read the scores
     return Artefact(path, f"scores, {plural(len(scores), 'row')}")

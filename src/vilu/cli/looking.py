@@ -51,7 +51,7 @@ Keys = Annotated[list[str] | None, Option(help="Explain the row with this key; r
 Rows = Annotated[
     list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")
 ]
-MostUncertain = Annotated[
+RowCount = Annotated[
     int,
     Option(
         "-n",
@@ -81,6 +81,7 @@ AcceptedShare = Annotated[
 ]
 
 
+# the parameter ``reading_flags`` is replaced by several flags
 @partial(with_reading_flags, excluded_flags=STUDY_FLAGS | {"direction"})
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
@@ -88,7 +89,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     train: TrainingStore = None,
     key: Keys = None,
     row: Rows = None,
-    n: MostUncertain = 10,
+    n: RowCount = 10,
     seed: SeedOfExplanation = 0,
     summary: SummaryFlag = False,
     coverage: AcceptedShare = None,
@@ -99,8 +100,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Explain why answers are suspicious, from embeddings alone.
 
-    Shows the competitors of each answer, the nearest training rows, and the share of the inputs in
-    the score.
+    Shows the competitors of each answer, the nearest training rows, and each input's share in the
+    score.
     """
     from vilu.artifacts.paths import write_with_inputs
     from vilu.predictors.persistence.storage import load_predictor
@@ -170,7 +171,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         has_summary = data.pool_size is None  # a summary is about classes, and captions have none
         result = _rows_in_words(explanations, command, has_summary=has_summary)
     write_output(lambda path, input_digest: write_with_inputs(path, result.facts, input_digest))
-    console.print_result(result.facts, escape_unprintable(result.text, "\n"))
+    console.print_result(result.facts, escape_unprintable(result.text, keep="\n"))
     log_next_step(result.closing_line)
 
 
@@ -239,6 +240,7 @@ def _compute_summary(
     has_known_failures = has_labels or bool(outcomes.outside.any())
     competitor = None
     if not has_known_failures:
+        # the risk map takes the strongest competitor in place of the true class
         competitor = strongest_competitor(predictor, data)
     risk = risk_map(outcomes, competitor, coverage=coverage)
     gains = None
@@ -315,8 +317,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     shifted, so the guarantee is void, or the labels show that the guarantee is broken. The first
     row of the alarm, the reason, and what to do are printed. Exit code 3: the rows are sorted, for
     example by class, and no row was used. Exit code 4: the predictor has no guarantee, and no row
-    was read. Rows with a known failure are audited. These rows must be a random sample of the
-    accepted rows, or of all rows. Rows and labels that were given before are left out.
+    was read. If it is known whether the answer to a row is wrong, the row is audited. These rows
+    must be a random sample of the accepted rows, or of all rows. Rows and labels that were given
+    before are left out.
     """
     from vilu.artifacts.disk import locked
     from vilu.artifacts.paths import claim_file, inputs_digest
@@ -342,7 +345,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         }
         loaded_monitor = _open_monitor(predictor, state, false_alarm=false_alarm, seed=seed)
         score_files = with_features_files(*new_paths, *late_paths)
-        # The state is no part of the digest, because this command changes the state.
+        # The state is no part of the digest, because this command changes the state. ``n_new``
+        # separates the new files from the files with late labels.
         input_digest = inputs_digest(predictor, *score_files, n_new=len(new_paths), **settings)
         has_report = False
         if output is not None:
@@ -391,8 +395,8 @@ def _write_report(
 ) -> None:
     """Write the report, unless the file already has an equal report from the same command.
 
-    The fact ``batches`` is not compared. A second call with the same rows takes in no new row, so
-    the ``batches`` are different.
+    The fact ``batches`` is not compared. It is different after a second call with the same rows,
+    because the second call takes in no new row.
     """
     from vilu.artifacts.documents import read_json
     from vilu.artifacts.paths import write_with_inputs
@@ -408,7 +412,7 @@ def _write_report(
 
 
 def _open_monitor(predictor: Path, state: Path | None, *, false_alarm: float, seed: int) -> Monitor:
-    """Open a calibrated predictor's monitor, in the saved state if there is a saved state."""
+    """Open a calibrated predictor's monitor. Continue from the saved state, if there is one."""
     from vilu.calibration.monitor.monitor import Monitor
 
     if state is not None and not state.parent.is_dir():
@@ -450,6 +454,7 @@ def _monitor_file(
         )
     n_repeated_before = loaded_monitor.repeated
     if shuffle_seed is not None:
+        # the number of rows so far is a part of the seed, so each file gets an order of its own
         rng = np.random.default_rng([shuffle_seed, loaded_monitor.rows])
         outcomes = outcomes.take(rng.permutation(len(outcomes)))
     has_known_order = in_order or shuffle_seed is not None
@@ -562,8 +567,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         "main": main,
         "max_risk": max_risk,
         "title": title,
-        # Which optional paths are missing. Without this entry, a predictor and a store at the same
-        # path would give the same digest.
+        # Whether the predictor and the store are missing. Without this entry, the same path would
+        # give the same digest as --predictor and as --store.
         "with": [predictor is None, store is None],
     }
     optional_paths = console.present_paths(predictor, store)

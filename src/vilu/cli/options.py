@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
 
-# Maximum option values. A larger number is refused as a typing error.
+# Maximum option values. A larger number is refused as a typo.
 MAX_SEED = 2**63 - 1
 MAX_RESAMPLES = 10**6
 MAX_WORKERS = 4096
 
 
 def require_existing(value: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
-    """Return a path option's value, as typer's callback. UsageError if a path is missing."""
+    """Return a path option's value, as typer's callback. Raise UsageError for a missing path."""
     paths = [value]
     if isinstance(value, list | tuple):
         paths = list(value)
@@ -54,7 +54,7 @@ def path_option(
 
 
 def complete_methods(incomplete: str) -> list[str]:
-    """Yield method names that begin with ``incomplete``, for completion in the shell."""
+    """Return the method names that begin with ``incomplete``, for completion in the shell."""
     from vilu.predictors.contract.catalogue import method_names
 
     names = method_names()
@@ -62,7 +62,7 @@ def complete_methods(incomplete: str) -> list[str]:
 
 
 def complete_backbones(incomplete: str) -> list[str]:
-    """Yield backbone names and prefixes that begin with ``incomplete``, for the shell."""
+    """Return the backbone names that begin with ``incomplete``, for completion in the shell."""
     from vilu.backbones.catalog import BACKBONES
 
     names = BACKBONES.names()
@@ -70,7 +70,7 @@ def complete_backbones(incomplete: str) -> list[str]:
 
 
 def complete_datasets(incomplete: str) -> list[str]:
-    """Yield data set names that begin with ``incomplete``, for completion in the shell."""
+    """Return the data set names that begin with ``incomplete``, for completion in the shell."""
     from vilu.datasets.known import KNOWN
 
     return _names_that_begin_with(incomplete, KNOWN)
@@ -101,8 +101,8 @@ Outside = Annotated[
     list[str] | None,
     Option(
         metavar="NAME",
-        help="A folder, label or name, or a number beyond the classes, whose images are of none of "
-        "the classes: any answer to them is wrong. May be repeated.",
+        help="A folder, a label, a name, or a number beyond the classes. Its images are of none of "
+        "the classes, so any answer to them is wrong. May be repeated.",
         rich_help_panel=DATA,
     ),
 ]
@@ -231,8 +231,8 @@ class ReadingFlags:
         flags = asdict(self)
         if flags.pop("second") is not None:
             flags["second"] = True
-        # This flag is newer than the digest. Without the flag, the digest must be the same as in
-        # older versions. In the digest the key is the flag's name, --clusters.
+        # Older versions had no flag --clusters. Without this flag, the digest must be the same as
+        # in older versions.
         cluster_column = flags.pop("cluster_column")
         if cluster_column is not None:
             flags["clusters"] = cluster_column
@@ -247,7 +247,7 @@ class ReadingFlags:
 
     @property
     def pools(self) -> Pools | None:
-        """The pools that the flags describe. None if every flag has the default value.
+        """The pools from the flags. None if all flags about pools have the default values.
 
         Data with classes have no pools, and are opened with None.
         """
@@ -293,13 +293,14 @@ class ReadingFlags:
     def open_with_pools(
         self, pools: Pools | None, store: Path, role: Fold | None = None
     ) -> EmbeddingSource:
-        """Open a store like ``open``, but with the given pools. Or open a table of answers."""
+        """Open a store like ``open``, but with these pools. A table of answers has no pools."""
         from vilu.store.reader import open_source
         from vilu.tables.files import may_be_table
         from vilu.tables.read import open_table
 
         if may_be_table(store):
-            if replace(self, cluster_column=None) != ReadingFlags():
+            has_store_flags = replace(self, cluster_column=None) != ReadingFlags()
+            if has_store_flags:
                 raise UsageError(
                     f"{store} is a table of answers. Leave out the options that say how a store is "
                     "read, such as --second."
@@ -343,9 +344,9 @@ POOL_FLAGS: Final = frozenset({"pool_size", "direction", "fold", "logit_scale"})
 def with_reading_flags(
     command: Callable[..., None], *, excluded_flags: Collection[str] = STUDY_FLAGS
 ) -> Callable[..., None]:
-    """Replace a command's parameter ``reading_flags`` by a parameter for each of these flags.
+    """Replace a command's parameter ``reading_flags`` by a parameter per field of ``ReadingFlags``.
 
-    ``excluded_flags`` names flags to leave out.
+    ``excluded_flags`` names fields to leave out.
     """
     flag_parameters = dict(signature(ReadingFlags, eval_str=True).parameters)
     for name in excluded_flags:

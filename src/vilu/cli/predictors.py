@@ -164,7 +164,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             stores,
             has_validation=validation is not None,
             has_init=init is not None,
-            shots_and_seed=None if shots is None else [shots, seed],
+            shots=shots,
+            seed=seed,
             pseudo=pseudo,
             has_unlabelled=unlabelled is not None,
             has_labels=bool(labels),
@@ -217,12 +218,13 @@ def _default_method(stores: list[Path]) -> str:
     return "vilu_plus"
 
 
-def _flags_of_fit(
+def _flags_of_fit(  # noqa: PLR0913 - one parameter per flag
     stores: list[Path],
     *,
     has_validation: bool,
     has_init: bool,
-    shots_and_seed: list[int] | None,
+    shots: int | None,
+    seed: int,
     pseudo: bool,
     has_unlabelled: bool,
     has_labels: bool,
@@ -232,11 +234,13 @@ def _flags_of_fit(
     # The key is called "with", although the values say which flags were left out. With another key,
     # the digests of all fits would change.
     flags_left_out = [not has_validation, not has_init]
-    flags: dict[str, object] = {"with": flags_left_out, "shots": shots_and_seed, "pseudo": False}
+    flags: dict[str, object] = {"with": flags_left_out, "shots": None, "pseudo": False}
+    if shots is not None:
+        flags["shots"] = [shots, seed]  # the seed draws the shots
     if pseudo:
         flags["pseudo"] = [store.name for store in stores]
-    # These flags are newer than the digest. A flag is added only if the user gave the flag. So the
-    # digests of fits without the flag do not change.
+    # Older versions had no such flags. A flag is added only if the user gave the flag, so that fits
+    # without the flag have the same digest as in older versions.
     if has_unlabelled:
         flags["unlabelled"] = True
     if has_labels:
@@ -256,7 +260,7 @@ def _score_hint(
     """Return the end of a closing line: the next command, to score with the predictor.
 
     ``has_second`` says whether the predictor takes stores of two models. ``cluster_column`` is the
-    table column with the clusters. It is None if the column has the usual name.
+    table column with the clusters. It is None if the column is called "cluster".
     """
     data = ["STORE"]
     if data_kind == "answers":
@@ -559,7 +563,8 @@ def evaluate(
     from vilu.tables.files import is_answer_table, with_features_files
 
     settings: dict[str, object] = {"resamples": resamples, "seed": seed}
-    # This flag is newer than the digest. Without the flag, the digest must not change.
+    # Older versions had no flag --clusters. Without this flag, the digest must be the same as in
+    # older versions.
     if cluster_column is not None:
         settings["clusters"] = cluster_column
     files = with_features_files(*scores)
@@ -659,8 +664,8 @@ Labels = Annotated[
 DrawFile = Annotated[
     Path | None,
     path_option(
-        "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the limit of its "
-        "draw are tested once. [without --max-risk, the risk of the draw is used]",
+        "The file of `vilu next --for-guarantee`, filled in. Thresholds up to the uncertainty "
+        "limit of the draw are tested once. [without --max-risk, the risk of the draw is used]",
         metavar="FILE",
         rich_help_panel=GUARANTEE,
     ),
@@ -699,7 +704,7 @@ OutsideShare = Annotated[
     Option(
         min=0,
         max=1,
-        help="Largest share of pictures of none of the classes for which the guarantee holds. "
+        help="The guarantee holds up to this share of pictures of none of the classes. "
         "[their share in the calibration rows]",
         rich_help_panel=GUARANTEE,
     ),
@@ -839,7 +844,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def _write_score_predictor(
     table: Path, output: Path | None, reading_flags: ReadingFlags, *, overwrite: bool
 ) -> Path:
-    """Write the predictor for a table's only score. Return the predictor's folder."""
+    """Write a predictor that reads a table's only score column. Return the predictor's folder."""
     from vilu.predictors.persistence import storage
     from vilu.tables.files import may_be_table
     from vilu.tables.methods import method_of_only_score
@@ -855,8 +860,8 @@ def _write_score_predictor(
     answers = open_table(table, clusters=reading_flags.cluster_column)
     predictor = method_of_only_score(answers, "vilu calibrate PREDICTOR ANOTHER_TABLE")
     input_digest = storage.fit_inputs_digest(predictor, [])
-    is_written = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
-    if not is_written:
+    has_result = storage.claim_output_folder(output, input_digest, overwrite=overwrite)
+    if not has_result:
         predictor.notes_["inputs"] = input_digest
         predictor.save(output)
     return output
@@ -901,9 +906,9 @@ def _calibrate_by_draw(
     draw_file: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate on the rows of ``draw_file``, which `vilu next --for-guarantee` drew earlier.
+    """Calibrate on the rows in ``draw_file``, with the labels that the user has filled in.
 
-    The user has filled in the labels in this file.
+    `vilu next --for-guarantee` drew these rows and wrote the file.
     """
     from vilu.triage.drawn import calibrate_by_draw
 
@@ -926,7 +931,7 @@ def _calibrate_once(
     store: Path,
     overwrite: bool,
 ) -> Calibration:
-    """Calibrate once on a fixed row set, with labels from the store or from label files."""
+    """Calibrate on a fixed row set, with labels from the store or from label files."""
     from vilu.calibration.procedure import calibrate_predictor
     from vilu.triage.store_labels import rows_picked_at_random
 
@@ -952,7 +957,7 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _calibration_in_words(calibration: Calibration) -> str:
-    """Return lines about the probabilities, and about the rule and the label sets if present."""
+    """Return lines about the probabilities, and about the rule and the label sets, if any."""
     from vilu.calibration.thresholds import percent
 
     probability = calibration.probability
@@ -965,7 +970,7 @@ def _calibration_in_words(calibration: Calibration) -> str:
         lines.append(f"decision: {calibration.guarantee_text}")
     label_sets = calibration.label_sets
     if label_sets is not None:
-        max_miss_in_percent = percent(label_sets.max_miss, 1)
+        max_miss_in_percent = percent(label_sets.max_miss, decimals=1)
         lines.append(
             f"label sets: {label_sets.method}, on average {label_sets.mean_size:.2f} labels; at "
             f"most {max_miss_in_percent} miss the right one "

@@ -89,8 +89,8 @@ MaxBody = Annotated[
     int,
     Option(
         min=1,
-        help="Maximum size of a request with images in MiB. All requests in progress may have four "
-        "times as much.",
+        help="Maximum MiB of a request with images. All requests in progress together may have "
+        "four times as much.",
         rich_help_panel=LIMITS,
     ),
 ]
@@ -98,7 +98,7 @@ MaxJson = Annotated[
     int,
     Option(
         min=1,
-        help="Maximum size of a request with embeddings or labels in MiB.",
+        help="Maximum MiB of a request with embeddings or labels.",
         rich_help_panel=LIMITS,
     ),
 ]
@@ -234,8 +234,8 @@ def _require_protection(host: str, key_file: Path | None, allow_host: list[str] 
         raise UsageError(
             f"--host {host} lets other machines connect, so --key-file FILE is needed."
         )
-    is_every_address = host in {"0.0.0.0", "::"}  # noqa: S104 - refused without --allow-host
-    if is_every_address and not allow_host:
+    listens_everywhere = host in {"0.0.0.0", "::"}  # noqa: S104 - refused without --allow-host
+    if listens_everywhere and not allow_host:
         raise UsageError(
             f"--host {host} listens at every address. Give the host names that clients use with "
             "--allow-host NAME."
@@ -263,7 +263,7 @@ def _client_limits(host: str, names: list[str], key_file: Path | None) -> Client
 
 
 def _announce(message: str) -> None:
-    """Print the address as the command's result. Log all other messages."""
+    """Print the service's address as the command's result. Log all other messages."""
     if message.startswith("http"):
         print_outputs(message)
     else:

@@ -166,7 +166,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
                 f"{classes} must have one name per line, without folders, because arrays have none."
             )
     file_options = {"logits": logits, "features": features, "target": labels, "answer": answers}
-    files = {array: file for array, file in file_options.items() if file is not None}
+    files = {name: file for name, file in file_options.items() if file is not None}
     store = import_arrays(
         source,
         output,
@@ -203,7 +203,7 @@ def inspect(
         Path,
         Argument(
             help="Output of a command of vilu: a store (finished or not), a predictor, scores, "
-            "results, ...; or a table of answers, of which the role of each column is shown.",
+            "results, ...; or a table of answers. Of a table, the role of each column is shown.",
             callback=_require_existing_path,
         ),
     ],

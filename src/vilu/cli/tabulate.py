@@ -43,8 +43,8 @@ def completions_(
     """Answers of a language model.
 
     The file has completions with logprobs in the format of vLLM, or a batch. Columns: mean, least
-    and first log-probability of the tokens, and the share of the n samples
-    with the same answer. With --truth, answers are compared without case and white space.
+    and first log-probability of the tokens, and the share of the n samples with the same answer.
+    With --truth, answers are compared without case and white space.
     """
     from vilu.tables.sources import completion_answers
     from vilu.tables.sources.truth import read_truth
@@ -100,8 +100,8 @@ def logits_(
     from vilu.tables.sources import logit_answers
 
     input_paths = _require_files(logits, labels, classes)
-    # ``has_labels`` is in the digest, because otherwise a label file and a file with class names
-    # would give equal digests.
+    # ``has_labels`` is in the digest. Without it, the same file would give the same digest as
+    # --labels and as --classes.
     has_labels = labels is not None
     write_output = prepare_output(
         output, "answers", input_paths, overwrite=overwrite, has_labels=has_labels
@@ -158,7 +158,7 @@ def _require_files(*paths: Path | None) -> list[Path]:
 
 
 def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
-    """Read the arrays in files. Map every name with a file to an array."""
+    """Read the arrays from ``files``, by name. A name without a file is left out."""
     from vilu.store.arrays import ArrayFiles, array_to_texts
 
     paths = {name: path for name, path in files.items() if path is not None}
@@ -167,7 +167,7 @@ def _read_arrays(files: dict[str, Path | None]) -> dict[str, Any]:
         for name in paths:
             array = array_files.open(name)
             contents[name] = array.read_whole()
-            if contents[name].dtype.kind in "US":
+            if contents[name].dtype.kind in "US":  # texts: Unicode or bytes
                 contents[name] = array_to_texts(contents[name], array.location)
     return contents
 

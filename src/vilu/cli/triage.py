@@ -210,7 +210,7 @@ def _log_summary(summary: TriageSummary, output: Path) -> None:
 
 
 def _sorting_mode(*, link: bool, move: bool) -> Literal["move", "link"] | None:
-    """Return how the flags ask to sort the photos. None without flags.
+    """Return how to sort the photos, by the flags --link and --move. None without a flag.
 
     Raises:
         UsageError: If both flags are given.
@@ -290,11 +290,11 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Writes a list of the images to OUTPUT, and prints the path of OUTPUT.
 
-    The images to fit on are uncertain and different from each other. The images for the guarantee
-    are drawn from the answers that could be accepted, among half of the images, chosen by a hash.
-    This half is never used for fitting. A guarantee needs the labels of all these images. `vilu
-    triage` includes this step, and stores the labels. With --for-guarantee all images are for the
-    guarantee. It is tested once, when all labels are there.
+    The images to fit on are uncertain and different from each other. A hash reserves half of STORE
+    for the guarantee, and this half is never used for fitting. The images for the guarantee are
+    drawn from the answers in this half that could be accepted. A guarantee needs the labels of all
+    drawn images. `vilu triage` includes this step, and stores the labels. With --for-guarantee all
+    images are for the guarantee. The guarantee is tested once, when all labels are there.
     """
     if for_guarantee and per_class:
         raise UsageError(
@@ -323,7 +323,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if max_risk is None:
         max_risk = DEFAULT_DRAW_RISK
     settings: dict[str, object] = {"n": n_next, "max_risk": max_risk, "seed": seed}
-    # This flag is newer than the digest. Without the flag, the digest must not change.
+    # Older versions had no flag --per-class. Without this flag, the digest must be the same as in
+    # older versions.
     if per_class:
         settings["per_class"] = True
     input_digest = inputs_digest(store, predictor, *(labels or ()), **settings)
@@ -427,19 +428,20 @@ def _write_rows_to_label_next(
     log_next_step(advice)
 
 
-def _labelling_advice(questions: AnswerTable, output: Path) -> str:
+def _labelling_advice(answers_to_label: AnswerTable, output: Path) -> str:
     """Return the closing line: the next step for the answers to label."""
     clusters_text = ""
-    if questions.cluster is not None:
-        clusters_text = f" of {plural(len(set(questions.cluster)), 'whole cluster')}"
+    if answers_to_label.cluster is not None:
+        n_clusters = len(set(answers_to_label.cluster))
+        clusters_text = f" of {plural(n_clusters, 'whole cluster')}"
     fit_command = console.shell_command("vilu", "fit", output, "-o", "better")
     calibrate_command = console.shell_command(
         "vilu", "calibrate", "better", output, "--max-risk", "0.05"
     )
     return (
-        f"{plural(len(questions), 'answer')}{clusters_text} to label: write 1 or 0 into the column "
-        f"correct. `{fit_command}` takes the rows to fit on, and `{calibrate_command}` takes the "
-        "rows to calibrate on."
+        f"{plural(len(answers_to_label), 'answer')}{clusters_text} to label: write 1 or 0 into the "
+        f"column correct. `{fit_command}` takes the rows to fit on, and `{calibrate_command}` "
+        "takes the rows to calibrate on."
     )
 
 
@@ -454,7 +456,7 @@ def _draw_for_guarantee(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Draw images from the answers that could be accepted, and print the next step."""
+    """Draw images from the answers that could be accepted, write them, and log the next step."""
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.drawn import draw_for_guarantee
 
@@ -549,7 +551,7 @@ def _serve_review(review_tasks: Review, output: Path, port: int) -> None:
     if output.suffix.lower() != ".csv":
         raise UsageError(f"labels are saved in a .csv file. Got {output} instead.")
 
-    def announce(address: str) -> None:
+    def announce(address: str) -> None:  # called after ``session`` is made below
         log_next_step(
             f"{plural(len(review_tasks.tasks), 'photo')}; open this address, and stop with Ctrl-C "
             f"when you are done; then: {session.next_command()}"

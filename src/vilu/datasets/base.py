@@ -91,7 +91,7 @@ Image i of shard s has the position s * POSITIONS_PER_SHARD + i.
 class ShardedDataset(ImageDataset, Protocol):
     """Images in shards (tar files). The number of images is unknown before the shards are read.
 
-    Such a data set is only divided between shards.
+    Such a data set can be divided between two shards, but not within a shard.
 
     Every sample is a record with a ``position`` (see ``POSITIONS_PER_SHARD``). An unusable sample
     is a record, too: ``read`` raises ``BadImage``. So the sample is counted and listed.
@@ -261,7 +261,7 @@ class ChosenImages:
         self.fingerprint = digest({"dataset": images.fingerprint, **choice})
         self._images = images
         self._positions = positions
-        # only an instance of ShardedDataset may have this method, so only shards get it
+        # ``isinstance`` recognises a ShardedDataset by this method, so only shards may have it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
@@ -308,7 +308,7 @@ class ImagesWithOutside:
 
     Args:
         images: The data set with all classes.
-        outside: Names (folder or prompt) of the classes to leave out, or labels that are no class
+        outside: Names (folder or prompt) of the classes to leave out, or labels without a class
             (the data set's ``labels_without_class``).
 
     Raises:
@@ -337,12 +337,12 @@ class ImagesWithOutside:
         if table is not None:
             names_to_keep = tuple(data_names[i] for i in labels_to_keep)
             self.classes = replace(table, data_names=names_to_keep, names=self.class_names)
-        self.fingerprint = images.fingerprint
+        self.fingerprint = images.fingerprint  # without ``outside``, which a run compares, too
         self.listed_folders: tuple[Path, ...] = getattr(images, "listed_folders", ())
         self.outside = tuple(sorted(set(outside)))
         self._images = images
         self._new_label_of = {old: new for new, old in enumerate(labels_to_keep)}
-        # only an instance of ShardedDataset may have this method, so only shards get it
+        # ``isinstance`` recognises a ShardedDataset by this method, so only shards may have it
         if isinstance(images, ShardedDataset):
             self.shard_fingerprint = images.shard_fingerprint
 
@@ -372,7 +372,7 @@ def _require_known_names(
     prompt_names: Sequence[str],
     images: ImageDataset,
 ) -> None:
-    """Raise UsageError if a name in ``outside`` is no class and no label without a class.
+    """Raise UsageError if a name in ``outside`` is neither a class nor a label without a class.
 
     ``data_names`` are the class names in the data, and ``prompt_names`` the names for prompts.
     """
@@ -439,7 +439,7 @@ class Selection:
         captions: Whether to use captions even if the table has labels.
         where: Column -> value. A row is used if the row has all these values, compared as texts.
         root: Folder where paths start. Paths must stay below this folder. None: the table's folder.
-        outside: Classes to leave out, and labels that are no class. Images with these labels are
+        outside: Classes to leave out, and labels without a class. Images with these labels are
             outside all classes.
         follow_links: Whether links in a folder of images may lead anywhere, also to folders.
     """

@@ -1,4 +1,4 @@
-"""Open a data set by path or by name, with a fitting reader."""
+"""Open a data set by path or by name, with the reader for its format."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SOURCE_KINDS: Final[dict[str, str]] = {
         "image and .txt; with --classes image and .cls"
     ),
 }
-"""Source kind for ``open_dataset`` -> description for users.
+"""Maps a source kind for ``open_dataset`` to its description for users.
 
 In addition, ``open_dataset`` accepts the folder layouts in ``LAYOUTS``, and opens the data sets in
 ``vilu.datasets.known`` by name.
@@ -65,14 +65,14 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     outside: Sequence[str] = (),
     follow_links: bool = False,
 ) -> ImageDataset:
-    """Open images with a fitting reader, or a data set by name.
+    """Open images with the reader for their format, or a data set by name.
 
     Args:
         source: A folder, a file or a file pattern, of a kind in ``SOURCE_KINDS``. With ``dataset``,
             the folder of all data sets, or this data set's folder.
         split: Split names joined by ``+`` ("validation+test"). None for all images.
-        limit: Use only the first ``limit`` images. The first images are no random sample: images in
-            folders are sorted by class, so the first images have few classes.
+        limit: Use only the first ``limit`` images. These are not a random sample: images in folders
+            are sorted by class, so the first images have few classes.
         classes: A classes file: one name per line, or ``folder<TAB>name``.
         captions: Use captions from a table that also has labels. A table with captions and without
             labels needs no option.
@@ -83,7 +83,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         root: Folder where the paths in a table start, instead of the table's folder. Absolute paths
             and paths with ".." are then accepted if the file is below ``root``. For a folder of
             images, ``root`` is a second allowed folder for link targets.
-        outside: Classes (by folder, label or name for prompts) to leave out, or labels that are no
+        outside: Classes to leave out (by folder, label or name for prompts), or labels without a
             class. Images with these labels are outside all classes, and get the label -2
             (``vilu.OUTSIDE``).
         follow_links: Whether links in a folder of images may lead anywhere, also to folders. By
@@ -147,7 +147,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _require_root(root: Path | None) -> None:
-    """Raise UsageError if ``root`` is not None and is no folder."""
+    """Raise UsageError if ``root`` is given, but is not a folder."""
     if root is None:
         return
     with convert_os_errors("cannot look at the folder of the images"):
@@ -201,7 +201,7 @@ def _open_any_source(source: Path | str, selection: Selection) -> ImageDataset:
 
 
 def _refuse_where(source: Path | str, selection: Selection) -> None:
-    """Raise UsageError if the user chose rows with --where, but the source is no table."""
+    """Raise UsageError if the user chose rows with --where, but the source is not a table."""
     if selection.where:
         raise UsageError(
             f"--where chooses rows of a CSV or Parquet file. {source} is no such file."
@@ -224,7 +224,7 @@ def _refuse_captions(source: Path | str, selection: Selection) -> None:
 
 
 def _source_error(path: Path) -> UsageError | DataError:
-    """Return the error for a path without a fitting reader."""
+    """Return the error for a path that no reader can open."""
     expected = "a folder of images, a CSV or Parquet file, or tar files"
     if not path.exists():
         return UsageError(f"{path} does not exist. Expected {expected}.")
@@ -240,7 +240,7 @@ def _source_error(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
-    """Open tar files. Raise an error for unfit options and for unreadable files."""
+    """Open tar files. Raise an error for options that tar files lack, and for unreadable files."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "

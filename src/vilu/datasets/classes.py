@@ -267,9 +267,9 @@ def _require_each_class_once(
 
 
 def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], file: Path) -> None:
-    """Raise DataError if the file has too few or too many names, or the data's names reordered.
+    """Raise DataError if the file has too few or too many names, or names in another order.
 
-    If the names in the file and in the data differ, the order cannot be checked.
+    The order can only be checked if the file and the data have the same names.
     """
     if len(data_names) != len(file_names):
         raise DataError(
@@ -289,14 +289,16 @@ def _require_same_order(data_names: Sequence[str], file_names: Sequence[str], fi
 def refuse_numbers_as_names(classes: ClassTable, source: str) -> None:
     """Raise DataError if class names are numbers that differ from the class labels.
 
-    This function is for data with numeric labels. Then a label may be a class name, or a line
-    number in the classes file.
+    This function is for data with numeric labels. With such class names, it is not clear what a
+    label means: a class name, or a line number in the classes file.
     """
     names = classes.names
+    has_other_labels = classes.data_names != names  # a file with lines number<TAB>name is clear
     are_numbers = all(map(str.isdecimal, names))
-    if classes.data_names != names or not are_numbers:
+    if has_other_labels or not are_numbers:
         return
-    are_labels = [int(name) for name in names] == list(range(len(names)))
+    labels = list(range(len(names)))
+    are_labels = [int(name) for name in names] == labels
     if are_labels:
         return
     listed_names = _list_names(names)

@@ -149,8 +149,8 @@ class AllowedFolders:
         full_path = self._full_path(path)
         if self.follow_links:
             return full_path
-        # The folder's real path is cached, so finding the path is fast. If the folder is allowed,
-        # only a link can lead out of the allowed folders.
+        # The result for the folder is cached, so this check is fast. In an allowed folder, only a
+        # file that is a link can lead out.
         folder = os.path.dirname(full_path)  # noqa: PTH120  for speed
         is_folder_inside = _has_real_prefix(folder, self._prefixes)
         if not is_folder_inside or self.is_forbidden_link(full_path):
@@ -245,7 +245,7 @@ _CONTROL_CHARACTERS = re.compile(
 )
 """Characters for controlling a terminal: controls, line ends, text direction marks."""
 
-_ESCAPE_PATTERN = re.compile(rb"\\x([0-9a-f]{2})")
+_ESCAPE_PATTERN = re.compile(rb"\\x([0-9a-f]{2})")  # such as \xe9
 
 
 def portable_name(path: str) -> str:

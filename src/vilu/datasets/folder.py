@@ -123,9 +123,9 @@ class FolderDataset(ListedFiles):
     Attributes:
         listed_folders: The folder, or its split folders. In these folders, each new sub-folder
             would be a class in the next listing.
-        ignored_counts: Reason -> number of files and folders skipped for this reason. The reasons
-            are those in ``files.walk_images``, and "outside_class" for images outside the class
-            folders.
+        ignored_counts: Maps a reason to the number of files and folders skipped for this reason.
+            The reasons are those in ``files.walk_images``, and "outside_class" for images outside
+            the class folders.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class FolderDataset(ListedFiles):
 
 
 ListedPhoto = tuple[str, os.stat_result | OSError]
-"""An image's path below a folder, and the file's status, or the system call's error."""
+"""An image's path below a folder, with the file's status or the system call's error."""
 
 
 def list_photos(
@@ -226,7 +226,7 @@ def list_photos(
     Sub-folders are not read as classes or splits. With ``follow_links``, links may lead anywhere.
 
     Raises:
-        UsageError: If ``root`` is no folder.
+        UsageError: If ``root`` is not a folder.
         DataError: If there are fewer than ``min_photos`` images.
         StorageError: If a folder cannot be listed.
     """

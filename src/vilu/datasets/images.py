@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIENTATION_TAG: Final = 0x0112  # the orientation tag's number
-# Number type in TIFF -> the type's code in ``struct``. The types are BYTE (1), SHORT (3) and LONG
+# Maps a number type in TIFF to its code in ``struct``. The types are BYTE (1), SHORT (3) and LONG
 # (4). The standard prescribes SHORT for the orientation, but cameras also write BYTE and LONG.
 _INTEGER_CODES: Final = {1: "B", 3: "H", 4: "I"}
-# A TIFF file's first four bytes -> the byte order's code in ``struct``. "+" marks BigTIFF.
+# Maps a TIFF file's first four bytes to the byte order's code in ``struct``. "+" marks BigTIFF.
 BYTE_ORDER_CODES: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
@@ -174,7 +174,7 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
     "AVIF": AvifImagePlugin.AvifImageFile,
     "HEIC": _open_heic,
 }
-"""A decoded format's name -> class or function that opens a file in this format."""
+"""Maps a decoded format's name to the class or function that opens a file in this format."""
 
 MAX_FRAMES = 10_000  # counting stops here, since a file can hold millions of empty frames
 _SIGNATURE_FILE = resources.files("vilu").joinpath("assets", "image_signatures.csv")
@@ -201,7 +201,7 @@ def detect_format(data: bytes) -> str | None:
 
 def _looks_like_svg(data: bytes) -> bool:
     """Return whether the data begin with SVG, possibly after an XML declaration or comment."""
-    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
+    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")  # without byte order mark and white space
     if head.startswith((b"<?xml", b"<!--")):
         return b"<svg" in head
     return head.startswith(b"<svg")
@@ -480,21 +480,21 @@ def decode_image(
 ) -> DecodedImage:
     """Decode an encoded image's first frame to 8-bit RGB.
 
-    Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. 16-bit grey is
-    divided by 257 (Pillow's conversion would clip the values). 32-bit integers and floats outside
-    the usual range are stretched.
+    Grey, palette, CMYK and YCbCr are converted. Transparent pixels are put on white. Grey with more
+    than 8 bits is scaled to 8 bits (``_deep_to_grey``).
 
     This function is thread-safe and does not change warning filters.
 
     Args:
         data: The file's bytes.
         limits: Limits on size and shape, checked before pixels are decoded.
-        jpeg_side: A JPEG's minimum shorter side at a reduced size. A JPEG is decoded at 1/2, 1/4 or
-            1/8 size, as long as the shorter side keeps at least this length. Decoding then takes a
-            fraction of the time. None: JPEGs are decoded in full.
+        jpeg_side: The least length to which a JPEG's shorter side may be reduced. The JPEG is then
+            decoded at 1/2, 1/4 or 1/8 size, if the shorter side keeps at least this length. This
+            takes a fraction of the time. None: JPEGs are decoded in full.
 
     Raises:
-        BadImage: If the bytes are no image in an accepted format, break a limit, or are damaged.
+        BadImage: If the bytes are not an image in an accepted format, break a limit, or are
+            damaged.
         UsageError: If ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is on, because Pillow then does not
             report truncated images.
     """
@@ -513,7 +513,7 @@ def decode_image(
                 # Pillow rotates a TIFF's pixels by the orientation tag. So the tag is removed.
                 opened_image.getexif().pop(ORIENTATION_TAG, None)
             if format_name == "JPEG" and jpeg_side is not None:
-                opened_image.draft(None, (jpeg_side, jpeg_side))
+                opened_image.draft(None, (jpeg_side, jpeg_side))  # for ``load`` at a reduced size
             opened_image.load()
         exif = opened_image.info.get("exif")
         if format_name == "TIFF":  # a TIFF file has the format of an EXIF block

@@ -60,7 +60,7 @@ class TableRows:
         classes: The whole file's class table. None without labels.
         captions: (N,) the captions' bytes, null in a row without caption. None if captions are not
             used.
-        labels_without_class: Labels named by the user with ``--outside`` that are no class.
+        labels_without_class: Labels named by the user with ``--outside`` that have no class.
     """
 
     positions: NDArray[np.int64]
@@ -72,10 +72,11 @@ class TableRows:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """Return the column with an alias as name, or None if there is no such column.
+    """Return the column whose name is an alias, or None if there is no such column.
 
-    If several column names are aliases, the column with the first alias is returned. Case and outer
-    blanks in column names are ignored. If two columns have the same alias, raise DataError.
+    If several columns have such names, the column with the first alias in ``aliases`` is returned.
+    Case and outer blanks in column names are ignored. If two columns have the same alias, raise
+    DataError.
     """
     for alias in aliases:
         columns = [name for name in names if name.strip().lower() == alias]
@@ -142,7 +143,7 @@ def select_table_rows(
         # this row is an error.
         other_columns = table.drop_columns([caption_name])
         other_columns.validate(full=True)
-        table_labels = _unlabelled(table)
+        table_labels = _unknown_labels(table)
     split_name = find_column(table.column_names, SPLIT_ALIASES)
     positions = selection.find_rows(table, source, split_name)
     arrow_positions = pa.array(positions)
@@ -175,7 +176,7 @@ class _TableLabels(NamedTuple):
     labels_without_class: frozenset[str] = frozenset()
 
 
-def _unlabelled(table: pa.Table) -> _TableLabels:
+def _unknown_labels(table: pa.Table) -> _TableLabels:
     """Return the labels for a table without classes: all labels are unknown."""
     labels = np.full(len(table), UNKNOWN, dtype=np.int32)
     return _TableLabels(labels=labels, classes=None)
@@ -206,7 +207,7 @@ def _read_labels(table: pa.Table, source: str, selection: Selection) -> _TableLa
     )
     if classes is None:
         if not has_labels:
-            return _unlabelled(table)
+            return _unknown_labels(table)
         raise DataError(
             f"{source}: column {label_name!r} holds numbers, but the names of the classes are "
             "missing. Give the names in label order with --classes FILE, or store them in the "
@@ -228,7 +229,7 @@ def _check_label_numbers(
 ) -> _TableLabels:
     """Check numeric labels, and return the labels with the classes.
 
-    If a label is not missing, is no class, and is not in ``outside``, raise DataError.
+    Raise DataError for a label that has no class, and is neither missing nor in ``outside``.
     """
     n_classes = len(classes.names)
     numbers, labels_without_class = _replace_labels_without_class(numbers, n_classes, outside)
@@ -241,7 +242,7 @@ def _check_label_numbers(
 def _replace_labels_without_class(
     numbers: pa.Array, n_classes: int, outside: Sequence[str]
 ) -> tuple[pa.Array, frozenset[str]]:
-    """Put -2 in place of labels that are in ``outside`` and are no class.
+    """Put -2 in place of labels that are in ``outside`` and have no class.
 
     Returns all labels, and the replaced labels.
     """
@@ -307,7 +308,7 @@ def _to_whole_numbers(column: pa.Array, location: str) -> pa.Array:
 
 
 def _require_valid_labels(numbers: pa.Array, n_classes: int, source: str) -> None:
-    """Raise DataError for the first label that is not 0 to ``n_classes`` - 1, -2 or null."""
+    """Raise DataError for the first wrong label. Labels are 0 to ``n_classes`` - 1, -2 or null."""
     is_negative = pc.less(numbers, 0)
     is_too_large = pc.greater_equal(numbers, n_classes)
     is_no_class = pc.or_(is_negative, is_too_large)
@@ -478,8 +479,8 @@ class ParquetDataset(_ImagesOfTable):
         self._row_positions = table_rows.positions
         n_groups = self._metadata.num_row_groups
         group_sizes = [self._metadata.row_group(group).num_rows for group in range(n_groups)]
-        # The iterator over image cells that the last call to ``records`` left open. The key is the
-        # next image's position. Empty before the first call.
+        # The iterator over image cells that the last call to ``records`` left open, and as its key
+        # the position of the next image. Empty before the first call.
         self._open_image_cells: dict[int, Iterator[pa.Scalar]] = {}
         # each row group's first row number. The last entry is the number of all rows.
         self._group_starts = np.concatenate([[0], np.cumsum(group_sizes, dtype=np.int64)])
@@ -646,7 +647,7 @@ class PathTable(_ImagesOfTable):
         return str(self._paths[position].as_py())
 
     def _location_rule(self, forbidden_positions: NDArray[np.int64]) -> str:
-        """Return a text that says where files are allowed, and names a fitting ``--root``.
+        """Return a text that says where files are allowed, and proposes a ``--root``.
 
         ``forbidden_positions`` are the positions of the files outside the allowed places. The
         proposed ``--root`` holds all these files.
@@ -658,7 +659,7 @@ class PathTable(_ImagesOfTable):
             folders.append(os.path.dirname(file))  # noqa: PTH120
         common_folder = os.path.commonpath(folders)
         hint = ""
-        is_top_folder = Path(common_folder).parent == Path(common_folder)  # "/" is no advice
+        is_top_folder = Path(common_folder).parent == Path(common_folder)  # "/" does not help
         if not is_top_folder:
             hint = f" --root {shlex.quote(common_folder)} holds these."
         return (

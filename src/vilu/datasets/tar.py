@@ -38,12 +38,10 @@ from vilu.datasets.images import (
 from vilu.datasets.tar_members import Member, read_members
 from vilu.errors import OUTSIDE, DataError, UsageError
 
-IMAGE_EXTENSIONS: Final = frozenset(
-    suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES
-)  # extensions of images
+IMAGE_EXTENSIONS: Final = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 CAPTION_EXTENSION: Final = "txt"
 MAX_LISTED: Final = 5  # maximum number of extensions in a message
-# error in the member order -> message
+# maps an error in the member order to a message
 ORDER_ERRORS: Final = {
     "interleaved": "members of other samples are between those of this one. Sort the shard by name",
     "duplicate": "two members have the same name and extension. Write the shard again",
@@ -111,7 +109,7 @@ class Sample:
     def plain_member(self, extension: str) -> Member | None:
         """Return the member with an extension, or None if there is no such member.
 
-        If the member is no plain file, raise BadImage.
+        If the member is not a plain file, raise BadImage.
         """
         member = self.members.get(extension)
         if member is not None and not member.is_file:
@@ -145,9 +143,8 @@ def split_name(name: str) -> tuple[str, str] | None:
         >>> from vilu.datasets.tar import split_name
         >>> split_name("images/001.JPG")
         ('images/001', 'jpg')
-        >>> split_name(
-        ...     "v1.0/001.left.jpg"
-        ... )  # the dot in the folder is not the first dot of the base name
+        >>> # the dot in the folder is not the first dot of the base name
+        >>> split_name("v1.0/001.left.jpg")
         ('v1.0/001', 'left.jpg')
     """
     folder, slash, base = name.rpartition("/")
@@ -234,8 +231,8 @@ class TarShards:
     the key is ``shard``. No tar file is opened before ``records`` is called, and no tar file is
     unpacked. Memory holds a single shard's member list at a time.
 
-    Every sample is a record. Reading an unusable sample's record raises ``BadImage``. The kind is
-    in this list, or comes from ``decode_caption`` or ``decode_image``:
+    Every sample is a record. Reading an unusable sample's record raises ``BadImage``. The error's
+    kind is in this list, or is a kind raised by ``decode_caption`` or ``decode_image``:
 
     - "bad_path": a name is absolute or contains "..".
     - "interleaved": members from other samples are between this sample's members. The whole sample
@@ -249,9 +246,9 @@ class TarShards:
     record reports the sample, and the sample has no separate record.
 
     A classes file's lines are in label order, or begin with the labels. ``outside`` has class
-    names, or labels that are no class. Images with these labels, and images with label -2, are
-    outside all classes. ``labels_without_class`` are the labels in ``outside`` that are no class.
-    The data are not checked for these labels, because all tar files would have to be read.
+    names, or labels without a class. Images with these labels, and images with label -2, are
+    outside all classes. ``labels_without_class`` are the labels in ``outside`` without a class.
+    Such a label need not occur in the data. To check this, all tar files would have to be read.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -265,8 +262,7 @@ class TarShards:
         outside: Sequence[str] = (),
     ) -> None:
         self.source = source
-        # the folder with the shards. A folder with shards may have no sub-folder. Empty if shards
-        # are named.
+        # The folder with the shards, which may have no sub-folder. Empty if the shards are named.
         is_folder = os.path.isdir(source)  # noqa: PTH112  Path raises an error for a long pattern
         self.listed_folders: tuple[Path, ...] = (Path(source),) if is_folder else ()
         self.classes = class_table(data_names=None, file=classes, numeric_labels=True)
@@ -289,7 +285,7 @@ class TarShards:
         return len(self.class_names or ())
 
     def _numbers_without_class(self, outside: Sequence[str]) -> frozenset[str]:
-        """Return the numbers in ``outside`` that are no class label, as texts."""
+        """Return the numbers in ``outside`` that are not class labels, as texts."""
         numbers = [name for name in outside if name.isdecimal()]
         return frozenset(name for name in numbers if int(name) >= self._n_classes)
 
@@ -299,7 +295,7 @@ class TarShards:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """Yield the samples in shards start ... stop - 1, and the error after a damaged shard."""
         required_extension = CAPTION_EXTENSION if self.captioned else LABEL_EXTENSION
-        for shard in range(len(self))[start:stop]:  # the slice ends at the last shard
+        for shard in range(len(self))[start:stop]:  # ``stop`` may lie behind the last shard
             samples, shard_error = list_samples(self._shard_paths[shard], required_extension)
             # Every shard has a fixed position range. So if a damaged shard loses samples, positions
             # in later shards do not change.
@@ -355,7 +351,8 @@ class TarShards:
         """Return the label in a member: None without a member, -2 outside all classes."""
         if member is None:
             return None
-        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)  # one more byte shows that it is too long
+        # a byte more than the maximum, to recognise a label that is too long
+        n_bytes = min(member.size, MAX_LABEL_BYTES + 1)
         try:
             content = _read_bytes_at(path, member.start, n_bytes)
             text = content.strip()
@@ -377,7 +374,7 @@ class TarShards:
 
 
 def _shard_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shard paths, relative to the shards' common folder.
+    """Return the shards' names: the paths, relative to the shards' common folder.
 
     "#" is replaced by "%23", because in a key "#" separates the shard's name from the sample's key.
     """

@@ -17,8 +17,8 @@ from vilu.datasets.images import BadImage
 BLOCK_BYTES: Final = tarfile.BLOCKSIZE  # a tar file consists of blocks with this number of bytes
 # Larger extension headers are errors. A normal header holds only a name and a few timestamps.
 MAX_HEADER_BYTES: Final = 2**20
-# Maximum number of zeros at the end, with the end mark. Tar programs write at most about 10 KB, or
-# 1 MiB for tapes.
+# Maximum number of zeros at the end, including the end mark. Tar programs write at most about
+# 10 KB, or 1 MiB for tapes.
 MAX_PADDING_BYTES: Final = 2**20
 MAX_NAME_LENGTH: Final = 1024
 MAX_MEMBERS: Final = 500_000  # a shard's member list is in memory: about 400 bytes per member
@@ -44,7 +44,7 @@ UNCOMPRESS_PROGRAMS: Final = {
     b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }
-"""A compressed file's first bytes -> program for uncompressing the file.
+"""Maps a compressed file's first bytes to a program for uncompressing the file.
 
 A compressed file is often named like a tar file.
 """
@@ -68,9 +68,9 @@ def read_members(
     Raises:
         BadImage: After the last whole member. Kind "truncated_shard" means that the file ends too
             early. A file without an end mark counts as truncated, because only the end mark shows
-            that no member is missing. A file with very many zeros at the end counts as truncated,
-            too: a download program may reserve the file as zeros, and stop before the end. Kind
-            "bad_shard" means any other damage.
+            that no member is missing. A file with more than ``MAX_PADDING_BYTES`` zeros at the end
+            counts as truncated, too: a download program may reserve the whole file as zeros, and
+            stop before the end. Kind "bad_shard" means any other damage.
     """
     position = 0
     n_members = 0
@@ -124,8 +124,8 @@ def _read_header(file: BinaryIO, position: int, file_size: int) -> tarfile.TarIn
     if is_end_mark:
         _require_end(file, position, file_size)
         return None
-    # An empty file is a truncated shard. A file with some bytes, but fewer than a block, is no tar
-    # file, and _parse_header reports the error.
+    # An empty file is a truncated shard. A file with some bytes, but fewer than a block, is not a
+    # tar file. For such a file, _parse_header reports the error.
     may_be_truncated = not is_first or block == b""
     if len(block) < BLOCK_BYTES and may_be_truncated:
         raise BadImage(
@@ -136,16 +136,17 @@ def _read_header(file: BinaryIO, position: int, file_size: int) -> tarfile.TarIn
     return _parse_header(block, position)
 
 
-def _require_end(file: BinaryIO, end_mark: int, file_size: int) -> None:
-    """Raise BadImage if anything but padding follows the end mark at a position.
+def _require_end(file: BinaryIO, end_mark_start: int, file_size: int) -> None:
+    """Raise BadImage if anything but padding follows the end mark.
 
-    The block of the end mark has just been read from ``file``.
+    The end mark begins at the position ``end_mark_start``. Its block has just been read from
+    ``file``.
     """
     # Most readers ignore members behind the end mark. `cat a.tar b.tar` writes such members.
     has_more = any(file.read(MAX_PADDING_BYTES))  # a byte other than 0
     if has_more:
         raise _bad_shard("more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
-    n_bytes = file_size - end_mark
+    n_bytes = file_size - end_mark_start
     if n_bytes > MAX_PADDING_BYTES:
         raise BadImage(
             f"the last {n_bytes} bytes are no members, as after a download that was not finished; "
@@ -165,7 +166,7 @@ def _refuse_compressed(block: bytes) -> None:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    """Return the header in a block at a position. Raise BadImage if the block is no header."""
+    """Return the header in a block at a position. Raise BadImage if the block is not a header."""
     problem = "this is no tar file"
     if position > 0:
         problem = f"the header at byte {position} is damaged, and what follows it is lost"
@@ -251,7 +252,7 @@ def _add_extension_fields(
         raise _bad_shard(f"the header at byte {position} gives all members one name or size")
 
 
-_PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
+_PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")  # such as "30 " in "30 path=..."
 
 
 def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:

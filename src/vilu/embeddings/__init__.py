@@ -1,1 +1,1 @@
-"""Input for predictors: rows in memory, pairs in pools, selected rows, and the space."""
+"""Input for predictors: rows in memory, pairs in pools, selected rows, and embedding spaces."""

@@ -92,18 +92,18 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
-    is_wide = array.dtype.kind == "f" and array.dtype.itemsize > 4
+    is_wide = array.dtype.kind == "f" and array.dtype.itemsize > 4  # more bytes than float32
     if keep_direction and is_wide:
         array = _scale_into_float32(array, name)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, without a warning
         float32_array = array.astype(np.float32, order="C")
         return torch.from_numpy(float32_array)
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Scale the rows of an array (N, D) with numbers outside the float32 range.
+    """Scale the rows in an array (N, D) that hold numbers too large or too small for float32.
 
-    Scaling keeps a row's direction.
+    Scaling keeps a row's direction. A warning is given.
     """
     # largest absolute number in each row
     highest = array.max(axis=1, initial=0)
@@ -265,7 +265,8 @@ def check_targets(
             f"none of them. Got values from {array.min()} to {array.max()} instead."
         )
     target = torch.from_numpy(array.astype(np.int64))
-    return target.clamp(min=UNKNOWN), target == OUTSIDE
+    is_outside = target == OUTSIDE
+    return target.clamp(min=UNKNOWN), is_outside  # rows outside get an unknown target
 
 
 def check_answers(
@@ -346,7 +347,7 @@ _REMEDIES = {
     "target": f"Add the class, or write {OUTSIDE_NAME!r} for a picture of none of the classes.",
     "answer": "Such an answer cannot be judged. Add the candidate, or leave these rows out.",
 }
-"""Argument -> advice in the message about a name that is no candidate."""
+"""Maps an argument to the advice in the message about a name that is no candidate."""
 
 
 def check_indices(values: ArrayLike | Tensor, n_items: int, name: str) -> Tensor:

@@ -77,7 +77,10 @@ def _require_shape(name: str, shape: tuple[int, ...], n_rows: int, n_texts: int)
 
 
 def _require_width(name: str, actual_width: int, width: int | None) -> None:
-    """Raise DataError if a column is not as wide as the embeddings. None or 0: unknown width."""
+    """Raise DataError if a column is not as wide as the embeddings.
+
+    If ``width`` is None or 0, the embeddings' width is unknown, and every column passes.
+    """
     if width and actual_width != width:
         raise DataError(
             f"column {name!r} must be of the width of the embeddings, {width}. Got {actual_width}."

@@ -92,6 +92,6 @@ COLUMN_COMMANDS = {
 }
 """Maps a column name to the command that makes the column, or to a command and a call.
 
-Messages put backticks around the text: "Make it with `vilu embed --features`." Therefore a text
-with a command and a call has a closing and an opening backtick only between the two.
+Messages put backticks around the text: "Make it with `vilu embed --features`." The text for the
+answers names a command and a call. So a backtick closes the command, and another opens the call.
 """

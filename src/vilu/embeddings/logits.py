@@ -140,7 +140,8 @@ def logits_to_float32(logits: ArrayLike | Tensor) -> Tensor:
     largest = rounded_logits[changed_rows].amax(dim=1)
     infinity = torch.tensor(torch.inf)
     next_larger = torch.nextafter(largest, infinity)
-    rounded_logits[changed_rows, answer[changed_rows]] = next_larger
+    answer_columns = answer[changed_rows]
+    rounded_logits[changed_rows, answer_columns] = next_larger
     return rounded_logits
 
 
@@ -166,10 +167,11 @@ def _unit_vectors(
     """Return unit vectors (N, D) and status codes (N,). Vectors are (N, 0) without features."""
     if features is None:
         return torch.zeros(n_rows, 0, dtype=torch.float32), np.full(n_rows, VALID, np.uint8)
-    n_features = len(as_array(features, "features"))
-    if n_features != n_rows:
+    n_feature_rows = len(as_array(features, "features"))
+    if n_feature_rows != n_rows:
         raise DataError(
-            f"features must have one row per row of logits ({n_rows}). Got {n_features} instead."
+            f"features must have one row per row of logits ({n_rows}). Got {n_feature_rows} "
+            "instead."
         )
     matrix = as_matrix(features, "features")
     vectors, status, _ = normalise_rows(matrix)

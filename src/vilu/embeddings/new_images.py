@@ -217,7 +217,7 @@ def usable_rows(rows: Tensor, substitute: Tensor) -> tuple[Tensor, Tensor]:
     scaled_rows = (rows / largest).float()
     normalised_scaled = scaled_rows / torch.linalg.vector_norm(scaled_rows, dim=1, keepdim=True)
     normalised_rows = torch.where(is_safe, float32_rows / norm, normalised_scaled)
-    has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE
+    has_unit_norm = (norm - 1).abs() <= NORM_TOLERANCE  # such rows stay unchanged
     normalised_rows = torch.where(has_unit_norm, float32_rows, normalised_rows)
     status = torch.full_like(is_finite, VALID, dtype=torch.uint8)
     status = status.masked_fill(largest == 0, ZERO_NORM)

@@ -206,6 +206,7 @@ class PairSource(EmbeddingSource):
         n_rows_together = self._n_rows_in_whole_pools(size)
         batch_holds_one_pool = n_rows_together <= self.pools.size
         has_near_duplicates = self.pools.near_duplicates is not None
+        # a ``PooledBatch`` has no columns, and treats near duplicates as different answers
         if batch_holds_one_pool or columns or has_near_duplicates:
             yield from self.batches(size, rows=rows, columns=columns)
             return
@@ -294,7 +295,8 @@ class PairSource(EmbeddingSource):
         if not is_left_out.any():
             return self
         is_kept = torch.from_numpy(~is_left_out)
-        remaining_pairs = self.pair_rows[is_kept[self.pair_rows]]
+        pairs = self.pair_rows
+        remaining_pairs = pairs[is_kept[pairs]]
         require_full_pools(len(remaining_pairs), self.pools.size, subject="what is left")
         subset = copy.copy(self)
         subset._remaining_pairs = remaining_pairs
@@ -375,6 +377,7 @@ def _caption_candidates(
     parameters.
     """
     candidate_rows, target = torch.unique(first_with_caption, return_inverse=True)
+    # compares every row's caption with the caption of the first row with the same image
     equal_images_have_equal_captions = torch.equal(
         first_with_caption[first_with_picture], first_with_caption
     )
@@ -466,7 +469,7 @@ class PseudoCaptions(PairSource):
         # The class texts, and for every row an index into these texts. The index is 0 if the row's
         # source has captions.
         self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
-        self.target = torch.arange(n_rows) % self.pool_size
+        self.target = torch.arange(n_rows) % self.pool_size  # each row's position in a pool
         if any(isinstance(source.ids, RowNumbers) for source in sources):
             self.ids = RowNumbers(n_rows)
         else:
@@ -598,8 +601,7 @@ def class_captions(
     """Collect the texts (T, D) of all classes, and for every row the index (M,) of a text.
 
     ``rows_of_sources`` has row indices for each source, in total M rows. Text 0 is a placeholder of
-    zeros for image-caption pairs, because pairs have captions already. So T is 1 plus the class
-    count, summed over all sources without pairs.
+    zeros, for image-caption pairs. Every class in a source without pairs has a further text.
     """
     # A class number counts the classes in all sources. Number 0 is the placeholder.
     number_of_name: dict[str, int] = {}  # class name -> first class number with this name
@@ -621,7 +623,8 @@ def class_captions(
         # a new name gets this class's number. A known name keeps its number.
         for name, number in zip(source.class_names, numbers, strict=True):
             text_of_class.append(number_of_name.setdefault(name, number))
-    return torch.cat(texts), torch.tensor(text_of_class)[torch.cat(class_numbers)]
+    class_of_row = torch.cat(class_numbers)
+    return torch.cat(texts), torch.tensor(text_of_class)[class_of_row]
 
 
 def group_leaders(
@@ -682,10 +685,10 @@ def _first_leaders_near(
 
 
 def _greedy_leaders(are_near: Tensor) -> Tensor:
-    """Find the first near leader (N,) int64 for each of N rows, as an index.
+    """Choose leaders among N rows. Return the index (N,) int64 of each row's first near leader.
 
-    A row without a near earlier leader is a leader. ``are_near`` (N, N) is a mask of near row
-    pairs.
+    A row is a leader if no earlier leader is near. ``are_near`` (N, N) says which rows are near
+    each other.
     """
     is_near = are_near.numpy()
     n_rows = len(is_near)

@@ -53,9 +53,9 @@ class Rows:
     def pictures(self) -> tuple[Tensor, Tensor]:
         """Assign the numbers 0 to P - 1 to the rows' P pictures.
 
-        Return two tensors. The first tensor has a position (P,) in ``index`` for every picture:
-        the first row with the picture. The positions ascend. The second tensor has every row's
-        picture number (M,).
+        Return ``first_of_picture`` and ``picture_of_row``. ``first_of_picture`` (P,) has, for every
+        picture, the position in ``index`` of the first row with the picture. The positions ascend.
+        ``picture_of_row`` (M,) has every row's picture number.
         """
         index = self.index.numpy(force=True)
         identities = self.source.picture_identities(index)

@@ -99,8 +99,8 @@ def zero_shot(
     if not len(text):
         raise ValueError("there is no candidate")
     n_candidates = len(text)
-    # With this row count, a tile with all candidates is four times as wide as high. With more than
-    # 4,096 candidates, the tile would be wider. So its columns are limited below.
+    # A tile should be at most four times as wide as high. With ``TILE_ROWS`` rows and more than
+    # 4,096 candidates the tile would be wider, but ``max_tile_logits`` limits its columns below.
     rows_of_wide_tile = min(TILE_ROWS, n_candidates // 4)
     wanted_rows = max(n_rows_in_cache(n_candidates), rows_of_wide_tile)
     n_rows = min(wanted_rows, max_tile_logits)
@@ -215,9 +215,9 @@ class RivalWeights:
 
 
 MAX_LOGIT_GAP = 600.0
-"""Largest gap whose exponential is computed, 1e260. Then 1 - p rounds to 1 in any case.
+"""Largest gap whose exponential is computed: exp(600) is 1e260. At this gap, 1 - p rounds to 1.
 
-Gaps are positive if another answer is judged than the zero-shot answer.
+A gap is positive only if another answer is judged than the zero-shot answer.
 """
 
 NEGLIGIBLE_LOGIT = torch.finfo(torch.float32).min / 2
@@ -424,6 +424,7 @@ class Matches:
 
     def right_mask(self) -> Tensor:
         """Return the mask (B, K) of every row's right candidates."""
+        # the pairs with the row's query, then all pairs with a candidate of these pairs
         has_query = self.query_of_pair == self.query_of_row[:, None]
         is_right = _in_same_group(has_query, self.candidate_of_pair)
         return is_right[:, self.pair_of_candidate]

@@ -60,6 +60,9 @@ SAME_TEXT_COSINE = 0.999
 Below this cosine, an error is raised. Rounding to float16 changes a cosine by less than 1e-6.
 """
 
+MAX_MERGED_SHOWN = 5
+"""Largest number of merged classes to name in a message."""
+
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")  # result of the ``function`` argument of ``_map_parts``
 
@@ -71,8 +74,7 @@ class Candidates:
     text: Tensor  # (K, D) float32 unit-norm candidates
     target: Tensor  # (B,) int64 index of the right candidate. -1 where unknown
     matches: Matches | None = None  # None: only a row's target is right
-    # (K,) int64: source row from which each candidate comes. None: all rows share the
-    # candidates.
+    # (K,) int64 source row of each candidate. None: all rows share the candidates.
     row_of_candidate: Tensor | None = None
 
 
@@ -133,7 +135,7 @@ class Batch:
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers, computed in bounded memory."""
-        are_logits_in_memory = "logits" in self.__dict__
+        are_logits_in_memory = "logits" in self.__dict__  # where a computed cached property is
         if are_logits_in_memory:
             return self.rivals.zero_shot(self.first_equal_index)
         return zero_shot(
@@ -217,6 +219,7 @@ class Batch:
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.matches is not None:
+                # Several candidates may be right, so all logits are needed: in bounded memory.
                 log_probabilities = []
                 n_rows = len(target)
                 for block in row_blocks(n_rows, n_candidates=len(self.text), size=n_rows):
@@ -326,7 +329,7 @@ class Batch:
         if self._has_answers:
             answers = self.zero_shot.take(part)
             batch.answered(answers)
-        if "first_equal_index" in self.__dict__:
+        if "first_equal_index" in self.__dict__:  # still right, because the candidates are the same
             batch.__dict__["first_equal_index"] = self.first_equal_index
         return batch
 
@@ -417,7 +420,7 @@ class PooledBatch(WholeLogits):
     @cached_property
     def logits(self) -> Tensor:
         """Zero-shot logits (B, K) float32: a row is compared with the candidates in its pool."""
-        size = self.text.shape[1]
+        size = self.text.shape[1]  # a pool has as many rows as candidates
         with torch.autocast(self.image.device.type, enabled=False):
             logits = self.image.new_empty(len(self.image), size)
             pools = zip(self.image.split(size), self.text, logits.split(size), strict=True)
@@ -434,7 +437,7 @@ class PooledBatch(WholeLogits):
 
         If the zero-shot answers are already computed, the yielded batches have these answers, too.
         """
-        size = self.text.shape[1]
+        size = self.text.shape[1]  # a pool has as many rows as candidates
         for number, text in enumerate(self.text):
             part = slice(number * size, (number + 1) * size)
             pool = Batch(
@@ -470,8 +473,8 @@ class EmbeddingSource(ABC):
         text: (K, D) candidates, if all rows share the candidates.
         cluster: (N,) cluster name of every row. The answers to rows in the same cluster may be
             wrong together. None: no clusters are known.
-        answer_numbers: (N,) answer number of every row, if there are clusters and answers are no
-            candidates. Equal answers have equal numbers. None: there are no such numbers.
+        answer_numbers: (N,) answer number of every row, for rows with clusters whose answers are
+            not candidates. Equal answers have equal numbers. None: there are no such numbers.
         pool_size: Number of rows in a pool. The captions of these rows are the pool's candidates.
             None if all rows share the candidates.
         columns: Names of the available columns (``vilu.embeddings.columns``).
@@ -498,7 +501,7 @@ class EmbeddingSource(ABC):
         [[0, 1], [2]]
     """
 
-    # how to make a source, for messages about an argument with another type
+    # how to make a source, for messages about an argument that is no source
     how_to_make: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"
@@ -523,10 +526,10 @@ class EmbeddingSource(ABC):
     _columns: Mapping[str, Tensor] = {}  # columns in memory
 
     def _merge_equal_classes(self) -> Tensor | None:
-        """Merge classes with the same text into a single candidate.
+        """Merge classes that are the same answer into a single candidate.
 
         Return the class number (K,) int64 from which each candidate is taken. None if no class is
-        merged.
+        merged. See ``index_of_first_same_answer``.
         """
         first_class = index_of_first_same_answer(self.text, self.class_names)
         class_of_candidate: Tensor
@@ -539,7 +542,8 @@ class EmbeddingSource(ABC):
         warn_once(message)
         self.candidate_of = candidate_of
         self.text = self.text[class_of_candidate]
-        self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate_of[self.target])
+        new_target = candidate_of[self.target]  # without meaning where the target is unknown
+        self.target = torch.where(self.target == UNKNOWN, UNKNOWN, new_target)
         if ANSWER in self._columns:
             self._columns = {**self._columns, ANSWER: candidate_of[self._columns[ANSWER]]}
         if self.class_names:
@@ -837,8 +841,9 @@ class EmbeddingSource(ABC):
     def inseparable(self) -> NDArray[np.int64]:
         """Return the group number (N,) of every row. A split must not divide a group.
 
-        Rows with the same picture are a group. If the rows have clusters, rows with the same
-        picture or in the same cluster are connected, and all connected rows are a group.
+        Rows with the same picture are a group. Without clusters, the numbers are the picture
+        identities, and a row with -1 is a group alone. With clusters, rows with the same picture or
+        in the same cluster are connected, and all connected rows are a group.
 
         Examples:
             >>> import vilu
@@ -916,13 +921,13 @@ class EmbeddingSource(ABC):
     def batches(
         self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()
     ) -> Iterator[Batch]:
-        """Yield batches of at most ``size`` of the ``rows``, in order, with the named ``columns``.
+        """Yield batches of at most ``size`` rows, in order, with the named ``columns``.
 
-        ``rows`` are indices. By default all usable rows. All logits of a batch fit into memory
-        (``similarity.MAX_BATCH_LOGITS``).
+        ``rows`` are the row indices, by default of all usable rows. All logits of a batch fit into
+        memory (``similarity.MAX_BATCH_LOGITS``).
 
-        If the source has pools, consecutive ``rows`` form a pool. Several batches may share the
-        rows in a pool. Each such batch has all candidates in the pool, because the candidate count
+        If the source has pools, consecutive ``rows`` form a pool. A pool may be divided into
+        several batches. Each such batch has all candidates in the pool, because the candidate count
         is part of the problem. The last rows are left out if they do not fill a pool.
 
         Examples:
@@ -1005,9 +1010,9 @@ class EmbeddingSource(ABC):
 
 
 def hash_row_blocks(index: Tensor, read_rows: Callable[[Tensor], Tensor]) -> NDArray[np.uint64]:
-    """Hash the rows ``index`` (M,). Return the hashes (M,).
+    """Hash the rows ``index`` (M,), block by block. Return the hashes (M,).
 
-    ``read_rows`` returns the numbers in some rows. Each call reads a block of rows.
+    ``read_rows`` gets the indices of a block, and returns the numbers in the block's rows.
     """
     hashes = [hash_rows(read_rows(block)) for block in index.split(HASH_BLOCK_ROWS)]
     return np.concatenate(hashes)
@@ -1028,11 +1033,12 @@ def _merge_message(names: Sequence[str], first_class: Sequence[int]) -> str:
     """
     merged_classes = [number for number, first in enumerate(first_class) if first != number]
     example_texts = []
-    for number in merged_classes[:5]:
+    for number in merged_classes[:MAX_MERGED_SHOWN]:
         first = first_class[number]
         example_texts.append(f"{names[number]!r} ({number}) is {names[first]!r} ({first})")
     n_merged = len(merged_classes)
-    and_more = f" and {n_merged - 5} more" if n_merged > 5 else ""
+    n_not_shown = n_merged - MAX_MERGED_SHOWN
+    and_more = f" and {n_not_shown} more" if n_not_shown > 0 else ""
     n_candidates = len(first_class) - n_merged
     return (
         f"{n_merged} of {len(first_class)} classes have the text of an earlier one: "
@@ -1203,6 +1209,7 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
 
     ``temperature`` is positive: a single number, or a number per row (B, 1).
 
+    Let l_j be the logit of candidate j, l_max the largest logit, and p_max the largest probability.
     With d_j = (l_j - l_max) / temperature, the result is
 
         log p_j = d_j - log1p(sum of exp(d_k) over all k except the largest logit)

@@ -1,4 +1,4 @@
-"""Rows divided into parts without common pictures, with the same classes in every part."""
+"""Rows divided into parts: no picture is in two parts, and every part has a share of each class."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def require_shares(shares: Sequence[float]) -> None:
 def connected_row_groups(
     cluster: NDArray[np.int64], picture: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Compute the group number (N,) of every row. Clusters and pictures connect a group's rows.
+    """Compute the group number (N,) of every row. All connected rows are a group.
 
-    A group may have several clusters, because two clusters may have copies of the same picture.
+    Rows with the same cluster or picture are connected, so a group may have several clusters.
 
     Args:
         cluster: (N,) cluster number of every row.
@@ -52,7 +52,7 @@ def connected_row_groups(
     # The rows are the nodes of a graph. Each row has an edge to the first row in the same cluster,
     # and to the first row with the same picture.
     n_rows = len(cluster)
-    may_share_picture = picture >= 0
+    may_share_picture = picture >= 0  # not -1
     first_row_with_picture = _first_rows(picture)[may_share_picture]
     rows = np.arange(n_rows)
     rows_with_picture = np.flatnonzero(may_share_picture)

@@ -44,7 +44,7 @@ class PhotoPair:
 
 @dataclass
 class FirstPhotos:
-    """The first photos of a guard, in the low precision and in float32.
+    """Compares a guard's first photos in a low precision with the same photos in float32.
 
     Attributes:
         precision: The low precision.
@@ -74,7 +74,8 @@ class FirstPhotos:
             low_precision_content: The same photos, embedded in the low precision.
 
         Raises:
-            ProvenanceError: If the first photos differ too much and ``must_pass`` is True.
+            ProvenanceError: If the precisions differ too much on the first photos, and
+                ``must_pass`` is True.
         """
         with self._lock:
             if self.check is None:
@@ -87,12 +88,12 @@ class FirstPhotos:
     def _add_pairs(
         self, batch: Sequence[ImageOrError | None], low_precision_content: PartContent
     ) -> None:
-        """Compare a batch's photos. When there are enough photos, set ``check``."""
+        """Compare a batch's photos. Set ``check`` once enough photos were compared."""
         float32_content = self.encoder.encode_part(iter([*batch, END_OF_PART]))
         float32_photos = self._photos_by_position(float32_content)
         low_precision_photos = self._photos_by_position(low_precision_content)
         for position, (embedding, answer) in low_precision_photos.items():
-            if position not in float32_photos:
+            if position not in float32_photos:  # no valid embedding in float32
                 continue
             float32_embedding, float32_answer = float32_photos[position]
             cosine = cosine_similarity(embedding, float32_embedding, dim=0)

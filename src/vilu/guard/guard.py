@@ -88,7 +88,7 @@ class Answer:
         likely: Whether the answer is likely right: an estimate, not a guarantee
             (``vilu.calibration.likely``). The estimate never changes the decision. None if there is
             no estimate, or no answer.
-        quantile: Share of photos that are no more doubtful than this image, from 0 to 1. A guard
+        quantile: Share of photos that are at most as doubtful as this image, from 0 to 1. A guard
             compares the image with the photos that the predictor was fitted on. None if the
             predictor has learned from labels, because such a predictor gives a probability.
 
@@ -129,7 +129,7 @@ class ImageModel:
     first_photos: FirstPhotos | None = None  # compares the first photos with float32, if needed
 
     def embed(self, batch: Sequence[ImageOrError | None]) -> PartContent:
-        """Embed decoded images. The result lists bad images as ``errors``, without metadata."""
+        """Embed decoded images. Bad images are listed in the result's ``errors``."""
         content = self.encoder.encode_part(iter([*batch, END_OF_PART]))
         if self.first_photos is not None:
             self.first_photos.compare(batch, content)
@@ -168,9 +168,9 @@ class Guard:
         workers: Number of decoding threads, by default one per core.
         limits: Limits on the image size.
         backbone: A loaded model with the same weights, in place of the model named in the folder.
-        precision: "fp32" or "bf16", for the model named in the folder. By default, the precision of
-            the photos that the predictor was fitted on. If these photos were embedded in float32,
-            bf16 is compared with float32 on the first 64 photos.
+        precision: "fp32" or "bf16", for the model named in the folder. By default, the precision in
+            which the photos for the fit were embedded. If that is float32 and the guard runs in
+            bf16, the guard embeds its first 64 photos in both precisions and compares them.
         vectors_only: Load no model. Then only the method ``answer`` can be called, with embeddings.
 
     Raises:
@@ -278,8 +278,7 @@ class Guard:
             UsageError: If the predictor uses an array that cannot be made from a single image.
         """
         if self.calibration is not None:
-            # The calibration is compared with the candidates. A source without rows has candidates,
-            # too.
+            # only predictor and candidates are compared, so the source needs no rows
             no_rows = torch.empty(0, self.vocabulary.space.embed_dim, dtype=torch.float32)
             source = self.vocabulary.new_images(no_rows)
             self.calibration.require_match(self.predictor, source)
@@ -343,8 +342,8 @@ class Guard:
         decoder = Decoder(backbone.preprocess, limits, len(self.names), jpeg_side=jpeg_side)
         first_photos = None
         precision = backbone.space.precision or "fp32"
-        is_low = precision not in {"fp32", self.vocabulary.space.precision}
-        if is_low and isinstance(backbone, DualEncoder):
+        is_below_fit = precision not in {"fp32", self.vocabulary.space.precision}
+        if is_below_fit and isinstance(backbone, DualEncoder):
             float32_backbone = backbone.in_float32()
             float32_encoder = replace(encoder, backbone=float32_backbone)
             first_photos = FirstPhotos(precision, float32_encoder, self._answer_photos)
@@ -494,12 +493,12 @@ class Guard:
         key = _text_of_row(outcomes.ids, row) or ""
         uncertainty = float(outcomes.uncertainty[row])
         if math.isnan(uncertainty):
-            reason = _text_of_row(outcomes.reason, row)
-            return answer_without_score(self, key, reason)
+            return answer_without_score(self, key, reason=_text_of_row(outcomes.reason, row))
         probability = _probability_of(outcomes, row)
         quantile: float | None = None
         if probability is None:
-            quantiles = quantiles_in_spread(self.predictor, outcomes.uncertainty[[row]])
+            one_uncertainty = outcomes.uncertainty[[row]]  # an array of length 1
+            quantiles = quantiles_in_spread(self.predictor, one_uncertainty)
             if quantiles is not None:
                 quantile = float(quantiles[0])
         label: str | None = None
@@ -605,12 +604,12 @@ def make_record(index: int, image: ImageLike) -> ImageRecord:
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         read = partial(read_file, path)
-        return ImageRecord(str(path), None, read)
+        return ImageRecord(str(path), label=None, read=read)
     if isinstance(image, bytes):
-        return ImageRecord(str(index), None, lambda: image)
+        return ImageRecord(str(index), label=None, read=lambda: image)
     if isinstance(image, Image.Image):
         read = partial(_png_bytes, image)
-        return ImageRecord(str(index), None, read)
+        return ImageRecord(str(index), label=None, read=read)
     raise UsageError(
         f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at "
         f"index {index}."
@@ -637,7 +636,7 @@ def _png_bytes(image: Image.Image) -> bytes:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded Pillow image to RGB. Modes of image files are converted as in files."""
+    """Convert a loaded Pillow image to RGB. A mode that files can have is converted as in files."""
     if image.mode not in CONVERTIBLE_MODES:
         return image.convert("RGB")
     rgb_image, _ = to_rgb(image)

@@ -16,7 +16,7 @@ TASK: Final = "zero-shot-image-classification-selective"
 """The pipeline's name."""
 
 Entries = list[dict[str, Any]]
-"""A list with a single entry, a dictionary: the answer about an image."""
+"""The answer about an image, as a list with one dictionary."""
 
 
 def register() -> None:
@@ -32,7 +32,8 @@ def register() -> None:
         MissingModelError: If transformers is not installed.
     """
     registry = import_extra("transformers.pipelines", "hf").PIPELINE_REGISTRY
-    if registry.supported_tasks.get(TASK, {}).get("impl") is not SelectivePipeline:
+    registered_class = registry.supported_tasks.get(TASK, {}).get("impl")
+    if registered_class is not SelectivePipeline:
         registry.register_pipeline(TASK, pipeline_class=SelectivePipeline)
 
 
@@ -40,9 +41,9 @@ class SelectivePipeline:
     """A guard's answers in the format of the task "zero-shot-image-classification".
 
     - A single image gives a list with a single entry, the answer.
-    - A list of images gives a list of such lists.
-    - An iterable that is no list, such as a data set, gives an iterator over such lists, in bounded
-      memory.
+    - A list or tuple of images gives a list of such lists.
+    - Any other iterable, such as a data set, gives an iterator over such lists. It is read in
+      batches, so more images need no more memory.
 
     An entry is a dictionary with these keys:
 
@@ -52,7 +53,7 @@ class SelectivePipeline:
     - ``runners_up``: the next most likely answers, each with ``label`` and the probability as
       ``score``.
 
-    Unknown values are None: a bad image has a reason and no label.
+    Unknown values are None. For example, a bad image has a reason, and its label is None.
 
     This class is no ``transformers.Pipeline``. A ``transformers.Pipeline`` moves a network and
     processors between devices, but here the guard holds the network and the preprocessing.

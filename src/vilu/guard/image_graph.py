@@ -34,12 +34,11 @@ from vilu.predictors.persistence.onnx import (
 )
 from vilu.predictors.plus.ood import NEGATIVES
 
-# A graph's inputs and outputs.
 PIXELS = "pixels"
-"""The input's name."""
+"""Name of the graph's input."""
 
 EMBEDDINGS = "image"
-"""Name of the output with the embeddings. In a graph with only a predictor, the input's name."""
+"""Name of the output with the embeddings. A graph with only a predictor has an input so named."""
 
 ACCEPT = "accept"
 """Name of the output with the decisions."""
@@ -59,8 +58,8 @@ class ImageGraph(nn.Module):
     Attributes:
         arrays: Names of the arrays from the image tower: embeddings, and for some predictors
             features.
-        limits: Floor and threshold (2, K) for every answer (``floors_and_thresholds``). None
-            without a rule.
+        limits: Uncertainty limits (2, K): a floor and a threshold for each of the K answers
+            (``floors_and_thresholds``). None without a rule.
         outputs: Names of what ``forward`` returns, in order.
     """
 
@@ -105,9 +104,9 @@ class ImageGraph(nn.Module):
             return uncertainty, answer, *arrays
         floors = self.limits[0]
         thresholds = self.limits[1]
-        floor = floors[answer]
-        threshold = thresholds[answer]
-        is_accepted = (uncertainty > floor) & (uncertainty <= threshold)
+        floors_of_rows = floors[answer]
+        thresholds_of_rows = thresholds[answer]
+        is_accepted = (uncertainty > floors_of_rows) & (uncertainty <= thresholds_of_rows)
         return uncertainty, answer, is_accepted, *arrays
 
     def inputs(self, arrays: tuple[Tensor, ...]) -> GraphInputs:
@@ -127,7 +126,7 @@ def rule_of(guard: Guard) -> Rule | None:
 
 
 def floors_and_thresholds(guard: Guard) -> Tensor | None:
-    """Return floor and threshold (2, K) for every answer. Return None without a rule."""
+    """Return the floors and the thresholds of K answers, as (2, K). Return None without a rule."""
     rule = rule_of(guard)
     if rule is None:
         return None
@@ -137,8 +136,8 @@ def floors_and_thresholds(guard: Guard) -> Tensor | None:
     groups: Sequence[str] | None = None
     if rule.grouped_by == "prediction":
         groups = names
-    floor, threshold = rule.limits(len(names), groups)
-    stacked_limits = np.stack([floor, threshold])
+    floors, thresholds = rule.limits(len(names), groups)
+    stacked_limits = np.stack([floors, thresholds])
     limits = torch.from_numpy(stacked_limits)
     return nn.Buffer(limits)
 
@@ -172,9 +171,10 @@ def export_image_graph(
 
     Before writing, the file is tested: onnxruntime runs the graph on random pictures.
 
-    1. Embeddings from the file and from torch may differ by one step in the number format.
-    2. Uncertainties and answers must agree with the predictor on these embeddings, within
-       ``export_onnx``'s tolerance.
+    1. Embeddings from the file and from torch must agree, up to one step in the number format and
+       the rounding of sums.
+    2. Uncertainties and answers must agree with the predictor on the embeddings from the file,
+       within ``export_onnx``'s tolerance.
     3. Decisions must agree with the rule.
 
     Args:
@@ -245,8 +245,8 @@ def _require_graph(guard: Guard) -> None:
 def _metadata_of_file(guard: Guard) -> dict[str, str]:
     """Return the file's metadata: first the whole graph's entries, then the predictor's.
 
-    The predictor's entries are last, because ``vilu.artifacts.paths`` looks for these entries near
-    a file's end.
+    The predictor's entries are last, because ``vilu.artifacts.paths`` looks for them near the end
+    of a file.
     """
     space = guard.vocabulary.space
     decision = ""
@@ -312,9 +312,10 @@ def _check_file(
         if rule is not None:
             predicted_names = [guard.names[index] for index in answer.tolist()]
             _require_same_decisions(outputs[ACCEPT], rule.accept(uncertainty, predicted_names))
-        # Compared after the loop: the predictor alone, on the embeddings from the file.
+        # kept to compare the predictor alone, on the embeddings from the file
         results.append((graph.inputs(arrays), uncertainty, answer))
-        # Compared here: the whole graph, by the uncertainties for the embeddings from torch.
+        # Compare the whole graph with torch's uncertainties for the same pixels. An answer is clear
+        # if rounding cannot change it.
         expected_uncertainty, _, is_clear = reference_scores(
             guard.predictor, graph.inputs(torch_arrays)
         )

@@ -1,9 +1,11 @@
 """Metrics for failure prediction: functions of ``(uncertainty, failure)`` in float64.
 
-Ties are handled exactly, and no metric depends on the row order. ``failure`` is 1 where the frozen
-model answers wrong. A higher uncertainty means that a wrong answer is more likely. An
+``failure`` is 1 where the frozen model answers wrong. A higher ``uncertainty`` means that a wrong
+answer is more likely. Ties are handled exactly, and no metric depends on the row order. An
 undefined metric is NaN, for example AUROC if all answers are right. Invalid input raises a
-``DataError``. Each name is imported on first use.
+``DataError``.
+
+Each name is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Bootstrap intervals, and paired comparison between two uncertainties on the same rows.
 
-Resampling is stratified. Every resample has as many wrong and as many correct answers as the
-sample, so no metric becomes undefined. The intervals are conditional on the frozen model's
-accuracy, because the accuracy is not compared.
+Resampling is stratified: every resample has as many wrong and as many correct answers as the
+sample. So no metric becomes undefined, and an interval does not cover the uncertainty in the
+frozen model's accuracy.
 
 The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
-are grouped, and the time grows as resamples · groups.
+are grouped. Then the time grows as resamples · groups.
 
 Rows that show the same picture are not independent. If some rows are known to show the same
 picture, pictures are resampled, each with all its rows. There are three strata: pictures with only
@@ -43,17 +43,18 @@ from vilu.validation import checked, require_at_least, require_between
 MAX_RESAMPLES = 1_000_000
 """Largest allowed resample count. More resamples would hardly change an interval."""
 MAX_GROUPS = 2**13
-"""Maximum number of rows for drawing row by row, and of score groups.
+"""Limit for the rows (or pictures) in the sample, and for the score groups.
 
-If there are more rows, the score counts are drawn. If there are more distinct scores,
+Up to this limit, ``bootstrap_intervals`` draws single rows (or pictures). Above this limit, the
+counts of the rows (or pictures) are drawn. If there are also more distinct scores than this limit,
 neighbouring scores are grouped.
 """
 MAX_RESAMPLED_CELLS = 2**18
-"""Maximum number of entries in a temporary array: 2 MB, about the size of a cache."""
+"""Maximum number of entries in a temporary array. With 8 bytes each, 2 MB fit a usual cache."""
 
 
 class Interval(NamedTuple):
-    """A metric and a percentile interval.
+    """A metric's value, and the value's percentile interval.
 
     Examples:
         >>> import vilu
@@ -69,10 +70,11 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Metric for a minus metric for b, with a percentile interval and a p-value.
+    """A metric's difference between two uncertainties a and b, with interval and p-value.
 
-    The p-value is two-sided, for the hypothesis of no difference. If the differences on
-    all n resamples have the same sign, the p-value is 2 / (n + 1).
+    The difference is the metric for a minus the metric for b. The p-value is two-sided, for the
+    hypothesis of no difference. If the differences on all n resamples have the same sign, the
+    p-value is 2 / (n + 1).
 
     Examples:
         >>> import vilu
@@ -94,8 +96,8 @@ class Quantity:
     """A number, and the number's values on bootstrap resamples.
 
     Arithmetic with quantities also computes the bootstrap values, so every result has an interval.
-    Quantities from the same test rows share the resamples. Therefore the difference between two
-    such quantities is paired.
+    Quantities from the same test rows have the same resamples, so a difference between two such
+    quantities is paired.
     """
 
     value: float  # the number
@@ -103,15 +105,16 @@ class Quantity:
 
     @classmethod
     def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
-        """Average ``values`` (S,) with bootstrap values ``per_seed`` (S, B) over S seeds.
+        """Average over S seeds: ``values`` (S,), with their bootstrap values ``per_seed`` (S, B).
 
         The seeds are resampled, too.
         """
         n_seeds, n_resamples = per_seed.shape
-        # The generator depends only on S, so means over equally many seeds draw the same seeds.
+        # The generator depends only on S. So two means over S seeds draw the same seeds, and the
+        # difference between such means is paired.
         generator = np.random.default_rng(n_seeds)
         drawn_seeds = generator.integers(n_seeds, size=(n_seeds, n_resamples))
-        # (S, B) for each of the B resamples, the values with the S drawn seeds
+        # (S, B): column b has the values on resample b, with the S seeds drawn for this resample
         values_of_drawn_seeds = np.take_along_axis(per_seed, drawn_seeds, axis=0)
         value = float(np.mean(values))
         draws = values_of_drawn_seeds.mean(axis=0)
@@ -141,9 +144,10 @@ class Quantity:
         return Quantity(factor * self.value, factor * self.draws)
 
     def interval(self, confidence: float) -> Interval:
-        """Return the middle share ``confidence`` of the bootstrap values, a percentile interval.
+        """Return a percentile interval, with the share ``confidence`` of the bootstrap values.
 
-        If the value is outside, the interval is extended to the value.
+        The two tails outside have equal shares. If ``value`` is outside, the interval is extended
+        to ``value``.
         """
         share_below = (1 - confidence) / 2
         low, high = np.quantile(self.draws, [share_below, 1 - share_below])
@@ -154,18 +158,22 @@ class Quantity:
         n_at_most_zero = np.count_nonzero(self.draws <= 0)
         n_at_least_zero = np.count_nonzero(self.draws >= 0)
         smaller_tail = min(n_at_most_zero, n_at_least_zero)
-        return float(min(1.0, 2 * (1 + smaller_tail) / (1 + len(self.draws))))
+        # Adding 1 to both counts keeps the p-value above 0.
+        one_sided = (1 + smaller_tail) / (1 + len(self.draws))
+        return float(min(1.0, 2 * one_sided))
 
     def difference(self, confidence: float) -> Difference:
-        """Return interval and p-value for this quantity, a difference between two quantities."""
-        interval = self.interval(confidence)
-        p_value = self.p_value()
-        return Difference(*interval, p_value)
+        """Return this quantity as a ``Difference``, with interval and p-value."""
+        value, ci_low, ci_high = self.interval(confidence)
+        return Difference(value, ci_low, ci_high, p_value=self.p_value())
 
 
 @runtime_checkable
 class OwnInterval(Protocol):
-    """A kernel with its own interval, because values on resamples are biased."""
+    """A kernel that computes its interval itself.
+
+    The kernel's values on resamples are biased, so the usual percentile interval would be wrong.
+    """
 
     interval_note: ClassVar[str]  # text on how the interval is computed
 
@@ -211,7 +219,7 @@ class SortedScores:
         return self.counts(right_rows[None], wrong_rows[None])
 
     def _rows_per_score(self, rows: Ints) -> Ints:
-        """Count the drawn rows (B, G) with each score, from the drawn rows (B, ·)."""
+        """Count how many of the drawn ``rows`` (B, ·) have each score. The counts are (B, G)."""
         n_resamples = len(rows)
         n_scores = len(self.value)
         # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
@@ -241,9 +249,10 @@ def scores_to_resample(
 def draw_resamples(
     scores: ScoresToResample, n_resamples: int, seed: int
 ) -> Iterator[tuple[Ints, ...]]:
-    """Yield, for each block of B resamples, a tuple with each stratum's drawn members (B, N).
+    """Yield a tuple for each block of B resamples: each stratum's drawn members (B, N).
 
-    From a stratum with N rows or pictures, N are drawn with repetition (see ``scores.strata``).
+    The members are row indices or picture numbers (see ``scores.strata``). From a stratum with N
+    members, N are drawn with repetition.
     """
     rng = np.random.default_rng(seed)
     for size in block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // scores.cells_per_resample):
@@ -251,8 +260,8 @@ def draw_resamples(
 
 
 def block_sizes(n_resamples: int, max_size: int) -> list[int]:
-    """Divide the resamples into blocks, and return the block sizes, from 1 to ``max_size``."""
-    size = max(1, max_size)
+    """Divide the resamples into blocks, and return the sizes: at most ``max_size``, at least 1."""
+    size = max(1, max_size)  # ``max_size`` is 0 if one resample alone exceeds the memory limit
     return [min(size, n_resamples - start) for start in range(0, n_resamples, size)]
 
 
@@ -284,8 +293,8 @@ def bootstrap_intervals(
     else:
         n_units = picture_number.max() + 1  # pictures are resampled
     if n_units > MAX_GROUPS:
-        # Counts are drawn instead of rows. The drawn counts have the same distribution as counted
-        # rows, and the time for a draw does not grow with the row count.
+        # Row counts are drawn directly, not rows. The distribution is the same as for counts of
+        # drawn rows, and the time for a draw does not grow with the row count.
         if picture_number is None:
             return intervals_from_counts(kernels, counts, n_resamples, confidence, seed)
         return _intervals_over_pictures(
@@ -339,9 +348,10 @@ def intervals_from_counts(
 ) -> dict[str, Interval]:
     """Compute metrics with stratified percentile bootstrap intervals, from counts (G,).
 
-    A resample has as many correct and as many wrong answers as the sample. Both are drawn from two
-    multinomial distributions over the scores. With at most ``max_groups`` distinct scores, the
-    resamples are distributed exactly as in the bootstrap over rows.
+    A resample has as many correct and as many wrong answers as the sample. Correct and wrong
+    answers are drawn separately, each from a multinomial distribution over the scores. With at
+    most ``max_groups`` distinct scores, the resamples are distributed exactly as in the bootstrap
+    over rows.
 
     With more distinct scores, neighbouring scores are grouped, into groups with about equal sizes.
     Grouping changes the metric slightly. So the bootstrap values are shifted back by this change,
@@ -396,8 +406,8 @@ def _intervals_over_pictures(
     )
     groups = group_scores(counts)
     scores = _kinds_of_pictures(counts, groups, uncertainty, failure, picture)
-    # A score has up to two entries: one for right rows and one for wrong rows. So half the entry
-    # count is comparable with the score count in ``intervals_from_counts``.
+    # Right and wrong rows with the same score are different entries. So half the entry count is
+    # comparable with the score count.
     cells_per_resample = max(len(groups.value), scores.cells_per_resample // 2)
     sizes = block_sizes(n_resamples, max_size=MAX_RESAMPLED_CELLS // cells_per_resample)
     rng = np.random.default_rng(seed)
@@ -415,12 +425,12 @@ def _kinds_of_pictures(
     failure: NDArray[np.bool_],
     picture: Ints,
 ) -> PictureScores:
-    """Make PictureScores of N rows with grouped scores, and merge equal pictures into kinds.
+    """Make PictureScores of N rows with grouped scores, and merge equal pictures.
 
-    ``groups`` are the rows' ``counts`` (G,) after ``group_scores``.
+    ``counts`` (G,) are the rows' counts, and ``groups`` the result of ``group_scores`` on them.
     """
-    score_of_row = np.searchsorted(counts.value, uncertainty)
-    group_of_row = group_indices(counts)[score_of_row]
+    score_index = np.searchsorted(counts.value, uncertainty)  # (N,) every score is in the values
+    group_of_row = group_indices(counts)[score_index]
     scores = PictureScores.of(groups.value, group_of_row, failure, picture)
     return scores.merge_equal_pictures()
 
@@ -450,7 +460,7 @@ def _intervals_from_groups(
         lowest = min(drawn_values.min(), value, 0.0)
         highest = max(drawn_values.max(), value, 1.0)
         value_of_groups = float(kernel(groups))
-        shifted_values = drawn_values + value - value_of_groups
+        shifted_values = drawn_values + value - value_of_groups  # undoes the effect of grouping
         clipped_values = np.clip(shifted_values, lowest, highest)
         quantity = Quantity(value, clipped_values)
         intervals[name] = quantity.interval(confidence)
@@ -465,7 +475,7 @@ def group_scores(counts: TieCounts, max_groups: int = MAX_GROUPS) -> TieCounts:
     if len(counts.value) <= max_groups:
         return counts
     group = group_indices(counts, max_groups)
-    # index of every group's first score. -1 is no group, so the first group starts at index 0
+    # Index of every group's first score. No group has number -1, so index 0 is always a start.
     starts = np.flatnonzero(np.diff(group, prepend=-1))
     size = np.add.reduceat(counts.size, starts)
     correct = np.add.reduceat(counts.correct, starts)
@@ -478,14 +488,16 @@ def group_indices(counts: TieCounts, max_groups: int = MAX_GROUPS) -> Ints:
     """Return, for each score (G,), the index of the score's group, from 0 on."""
     if len(counts.value) <= max_groups:
         return np.arange(len(counts.value))
+    # The rows in ascending order are divided into ``max_groups`` equal parts. A score belongs to
+    # the part that has the first row with this score, so a part may have no score.
     n_below = counts.accepted - counts.size  # how many rows have a smaller score
-    group = n_below * max_groups // counts.n  # ascending, but some group numbers may be missing
-    is_new_group = np.diff(group, prepend=group[0]) > 0
+    part = n_below * max_groups // counts.n
+    is_new_group = np.diff(part, prepend=part[0]) > 0
     return np.cumsum(is_new_group)  # group numbers without a gap
 
 
 def _draw_counts(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
-    """Draw resampled counts (B, G): as many rows as ``counts`` (G,) has, with repetition."""
+    """Draw as many rows as ``counts`` (G,) has, with repetition. Return the drawn counts (B, G)."""
     drawn_counts = np.zeros((n_resamples, len(counts)), np.int64)
     filled_scores = np.flatnonzero(counts)  # indices for the scores with at least one row
     if len(filled_scores):
@@ -506,8 +518,8 @@ def split_own_intervals(
     """Compute the intervals for ``OwnInterval`` kernels. Return the remaining kernels, too.
 
     Both results are by name. ``counts`` (G,) are the sample's counts. ``picture`` (N,) are the
-    rows' picture numbers, or None if no picture has several rows. If some pictures have several
-    rows, an interval comes from effective counts of independent rows (see ``independent_counts``).
+    rows' picture numbers, or None if no picture has several rows. With picture numbers, an
+    interval comes from effective counts of independent rows (see ``independent_counts``).
     """
     effective_counts = counts if picture is None else independent_counts(counts, picture)
     intervals: dict[str, Interval] = {}
@@ -534,8 +546,8 @@ def values_on_resamples(
     """
 
     def resampled_counts() -> Iterator[TieCounts]:
-        for drawn_rows in draw_resamples(scores, n_resamples, seed):
-            yield scores.counts(*drawn_rows)
+        for drawn_members in draw_resamples(scores, n_resamples, seed):
+            yield scores.counts(*drawn_members)
 
     return values_on_blocks(kernels, resampled_counts(), n_resamples)
 
@@ -550,8 +562,8 @@ def values_on_blocks(
             for name, kernel in kernels.items():
                 values_of_block = kernel(counts)
                 values[name].append(values_of_block)
-            n_in_block = len(counts.n)  # resample count
-            task.advance(n_in_block)
+            n_resamples_in_block = len(counts.n)
+            task.advance(n_resamples_in_block)
     return {name: np.concatenate(per_block) for name, per_block in values.items()}
 
 
@@ -629,8 +641,8 @@ def paired_bootstrap(
 
         p = min(1, 2 (1 + k) / (1 + n))
 
-    k is the smaller one of two counts. The first counts the resamples with a difference of at most
-    0, the second the resamples with a difference of at least 0. So p is never 0.
+    k is the smaller of two counts: the resamples with a difference of at most 0, and the resamples
+    with a difference of at least 0. p is never 0, because 1 is added to k.
 
     Arguments and errors are as in ``bootstrap_interval``, but with two uncertainties (N,). The
     result is the metric for a minus the metric for b, the interval's two ends, and the p-value.
@@ -660,8 +672,8 @@ def paired_bootstrap(
     if np.isnan(observed_difference):
         return Difference(difference=np.nan, ci_low=np.nan, ci_high=np.nan, p_value=np.nan)
     differences = _drawn_differences(kernel, a, b, n_resamples, seed)
-    # A kernel of type ``OwnInterval`` is biased, and resampling adds the bias once more. The added
-    # biases for a and b may differ. So the differences are centred on the observed difference.
+    # An ``OwnInterval`` kernel is biased, and resampling adds the bias once more. The bias may be
+    # different for a and b. So the differences are centred on the observed difference.
     if isinstance(kernel, OwnInterval):
         differences += observed_difference - differences.mean()
     quantity = Quantity(observed_difference, differences)
@@ -673,12 +685,14 @@ def _drawn_differences(
 ) -> Floats:
     """Compute a metric's differences (B,) between ``a`` and ``b`` on the same resamples."""
     blocks = []
-    # a and b have the same strata, so a or b can draw the rows. The scores with more memory
-    # per resample draw the rows, so that the blocks are small enough for a and b.
+    # a and b have the same strata, so the same drawn rows or pictures are counted in both. The
+    # scores with more cells per resample decide on the block size.
     larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
-        for drawn_rows in draw_resamples(larger_scores, n_resamples, seed):
-            difference = kernel(a.counts(*drawn_rows)) - kernel(b.counts(*drawn_rows))  # (B,)
+        for drawn_members in draw_resamples(larger_scores, n_resamples, seed):
+            counts_a = a.counts(*drawn_members)
+            counts_b = b.counts(*drawn_members)
+            difference = kernel(counts_a) - kernel(counts_b)  # (B,)
             blocks.append(difference)
             task.advance(len(difference))
     return np.concatenate(blocks)
@@ -736,7 +750,7 @@ def values_without_strata(
     # A unit is drawn as a whole: a picture with all its rows, or a single row. ``unit`` (N,) is
     # each row's unit number.
     unit = np.arange(len(uncertainty)) if picture is None else picture
-    n_units = int(unit.max(initial=-1)) + 1
+    n_units = int(unit.max(initial=-1)) + 1  # 0 without rows
     rows = _TiedRows.of(uncertainty, failure)
     rng = np.random.default_rng(seed)
 
@@ -756,7 +770,7 @@ class _TiedRows(NamedTuple):
     order: Ints  # (N,) row indices, in ascending order by uncertainty
     starts: Ints  # (G,) index in ``order`` of the first row with each distinct uncertainty
     value: Floats  # (G,) distinct uncertainties, ascending
-    wrong: Ints  # (N,) 1 where the answer is wrong, else 0, in the same order as ``order``
+    wrong: Ints  # (N,) 1 where the answer is wrong, else 0, for the rows in ``order``
 
     @classmethod
     def of(cls, uncertainty: Floats, failure: Ints) -> _TiedRows:

@@ -88,7 +88,7 @@ class Metric:
 
 
 def _for_question(question: Question, metric: Metric, convention: str) -> Metric:
-    """Return a copy of ``metric`` that answers ``question``, with a new title."""
+    """Return a copy of ``metric`` for ``question``, with this convention and a longer title."""
     return replace(
         metric, title=f"{metric.title} {question}", convention=convention, question=question
     )
@@ -99,7 +99,7 @@ _FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear 
 _AUROC_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
 # maps a risk to the title of the metric "coverage at this risk"
 _COVERAGE_TITLES = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
-# maps the name of each built-in metric to the metric. ``METRICS`` has these metrics with names.
+# maps names to the built-in metrics. The copies in ``METRICS`` also have the names as attributes.
 _BUILT_IN_METRICS = {
     "auroc": _AUROC,
     "fpr95": _FPR95,

@@ -20,11 +20,11 @@ PositiveClass = Literal["correct", "failure"]
 
 @dataclass(frozen=True, eq=False)
 class TieCounts:
-    """Correct and wrong answers, counted at each distinct score, the most trusted score first.
+    """Counts of correct and wrong answers at each distinct score, the most trusted score first.
 
-    Rows with equal uncertainty are one operating point, so the counts do not depend on the row
-    order. All axes before the last axis are resample axes. If a resample has no row with some
-    score, the counts at this score are zero, and the score does not affect the metrics.
+    Rows with equal scores are counted together, so the counts do not depend on the row order. All
+    axes before the last axis are resample axes. If a resample has no row with some score, the
+    counts at this score are zero, and the score does not affect the metrics.
     """
 
     value: Floats  # (G,) distinct uncertainties, ascending
@@ -132,7 +132,8 @@ def check_codes(
 ) -> NDArray[np.int64]:
     """Return ``values`` (N,) as int64, checked to be whole numbers from ``first`` to ``last``.
 
-    If ``last`` is None, there is no upper limit. A DataError about invalid values uses ``name``.
+    If ``last`` is None, there is no upper limit. The message for invalid values begins with
+    ``name``.
     """
     numbers = real_vector(values, name)
     largest = np.inf if last is None else last
@@ -160,7 +161,8 @@ def _vector_of_reals(values: ArrayLike, name: str) -> NDArray[Any]:
     if array.ndim != 1:
         raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
     refuse_masked(values, name)
-    if array.size and array.dtype.kind not in "biuf":
+    is_real = array.dtype.kind in "biuf"  # bool, signed, unsigned or floating point
+    if array.size and not is_real:
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     return array
 
@@ -172,7 +174,10 @@ BLOCK_ROWS = 2**22
 def tie_counts(
     uncertainty: ArrayLike, failure: ArrayLike, *, block_rows: int = BLOCK_ROWS
 ) -> TieCounts:
-    """Count answers (G,) per distinct uncertainty, and sort ``block_rows`` rows at a time."""
+    """Count correct and wrong answers (G,) per distinct uncertainty.
+
+    To save memory, at most ``block_rows`` rows are sorted at a time.
+    """
     scores, failures = check_scores_and_failures(uncertainty, failure)
     blocks = []
     for start in range(0, len(scores), block_rows):
@@ -190,10 +195,10 @@ def tie_counts(
 
 
 def _totals(counts_of_blocks: list[Ints], value_index: Ints, n_values: int) -> Ints:
-    """Return every value's total count (n_values,).
+    """Add up the counts of several blocks, and return every value's total count (n_values,).
 
-    ``value_index`` (N,) holds, for the N counts in all blocks one after another, the index of the
-    value that was counted.
+    All blocks together, one after another, have N counts. ``value_index`` (N,) says for each count
+    which value was counted.
     """
     counts = np.concatenate(counts_of_blocks)
     totals = np.zeros(n_values, np.int64)
@@ -231,7 +236,8 @@ def check_pictures(values: ArrayLike | None, n: int) -> Ints | None:
     if values is None:
         return None
     numbers = _vector_of_reals(values, "picture")
-    if numbers.size and numbers.dtype.kind not in "iu":
+    is_whole = numbers.dtype.kind in "iu"  # signed or unsigned
+    if numbers.size and not is_whole:
         raise DataError(
             "picture must hold whole numbers, -1 where the picture is not known. "
             f"Got dtype {numbers.dtype} instead."
@@ -266,8 +272,7 @@ def first_rows(picture: Ints) -> Ints:
     _, first_of_picture, picture_index = np.unique(
         picture[known_rows], return_index=True, return_inverse=True
     )
-    # for each row in ``known_rows``: the position, in ``known_rows``, where the row's picture
-    # occurs first
+    # Each known row's picture occurs first at this position in ``known_rows``.
     first_position = first_of_picture[picture_index]
     first_row[known_rows] = known_rows[first_position]
     return first_row
@@ -293,7 +298,8 @@ def has_repeated_picture(picture: Ints) -> bool:
 def repeated_picture_numbers(picture: Ints | None) -> Ints | None:
     """Return each row's picture number (N,), or None if no picture has two rows.
 
-    Pictures are numbered from 0, in the order of the first rows.
+    Pictures are numbered from 0, in the order of the first rows. A row with an unknown picture
+    (-1) counts as a separate picture.
 
     Examples:
         >>> import numpy as np

@@ -39,6 +39,8 @@ _BITS_MINUS_CODE = _bits_of(_SMALLEST_MAGNITUDE) - 2**52
 _CODE_OF_HALF = _bits_of(0.5) - _BITS_MINUS_CODE
 _SMALLEST_GAP = 2.0**-54  # half the gap between 1 and the largest float64 below 1
 _BITS_OF_SMALLEST_GAP = _bits_of(_SMALLEST_GAP)
+# The gap 1 - score falls from 1/2 to the smallest gap, so these scores need as many codes as there
+# are numbers between the two gaps.
 _CODE_OF_ONE = _CODE_OF_HALF + _bits_of(0.5) - _BITS_OF_SMALLEST_GAP
 _BITS_OF_ONE = _bits_of(1.0)
 
@@ -47,9 +49,9 @@ def codes_of_scores(scores: Floats) -> Ints:
     """Encode finite scores (N,) as int64. Equal scores get equal codes, larger scores larger codes.
 
     The bits of a float64 would also be a valid code. But without the low bits, the bins would be
-    fine near 0 and coarse near 1, and probabilities can be close to both ends. Therefore
-    a score between 1/2 and 1 gets a code from the bits of the exact gap 1 - score.
-    To make room for these codes in 64 bits, magnitudes below 2^-512 count as zero.
+    narrow near 0 and wide near 1, and probabilities can be close to both ends. Therefore a score
+    between 1/2 and 1 gets a code from the bits of the gap 1 - score, which is exact. To make room
+    for these codes in 64 bits, magnitudes below 2^-512 count as zero.
     """
     magnitude = np.abs(scores)
     bits = magnitude.view(np.int64)
@@ -120,7 +122,7 @@ class Histogram:
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_scores_and_failures(uncertainty, failure)
-        is_zero = np.abs(scores) < _SMALLEST_MAGNITUDE
+        is_zero = np.abs(scores) < _SMALLEST_MAGNITUDE  # as in ``codes_of_scores``
         scores = np.where(is_zero, 0.0, scores)
         wrong = failures.astype(np.int64)
         one_bin_per_row = cls(
@@ -148,7 +150,10 @@ class Histogram:
         return self._join([self, other])
 
     def without(self, part: Histogram) -> Histogram:
-        """Return a histogram without the rows in ``part``. All answers there must be wrong."""
+        """Return a histogram without the rows in ``part``.
+
+        All answers in ``part`` must be wrong.
+        """
         n_in_part = self.rows_of_part(part)
         return self.with_counts(self.correct, self.wrong - n_in_part)
 
@@ -218,7 +223,8 @@ class Histogram:
         """Note on the precision of this histogram's metrics. If the metrics are exact, None."""
         if self.exact:
             return None
-        return f"histogram of at most {self.max_bins:,} bins, {52 - self.level} bits of the score"
+        n_bits = 52 - self.level  # a float64 has 52 bits after the leading 1
+        return f"histogram of at most {self.max_bins:,} bins, {n_bits} bits of the score"
 
     @property
     def values(self) -> Floats:

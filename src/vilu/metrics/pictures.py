@@ -1,6 +1,6 @@
-"""Scores for rows where several rows may show the same picture.
+"""Scores for rows, where several rows may show the same picture.
 
-A resample draws pictures. A drawn picture brings all its rows into the resample.
+A bootstrap resample draws pictures, and has all rows that show the drawn pictures.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, repeated_picture_number
 
 @dataclass(frozen=True, eq=False)
 class PictureScores:
-    """Row counts in E entries, for the bootstrap over P pictures.
+    """Row counts for the bootstrap over P pictures, in E entries.
 
-    An entry counts those rows of one picture that have equal scores and equal correctness.
+    All rows in an entry show the same picture and have the same score. Their answers are either
+    all right or all wrong.
     """
 
     value: Floats  # (G,) distinct scores, ascending
     picture: Ints  # (E,) picture number of each entry, ascending from 0
     group: Ints  # (E,) index of each entry's score in ``value``
-    wrong: NDArray[np.bool_]  # (E,) whether the answers in each entry's rows are wrong
+    wrong: NDArray[np.bool_]  # (E,) whether each entry's answers are wrong
     n_rows: Ints  # (E,) row count of each entry
-    # (P,) how many pictures each picture stands for: 1 before ``merge_equal_pictures``
+    # (P,) how many equal pictures were merged into each picture: 1 without a merge
     n_merged: Ints
 
     @classmethod
     def of(
         cls, value: Floats, group: Ints, failure: NDArray[np.bool_], picture: Ints
     ) -> PictureScores:
-        """Count the N rows per picture.
+        """Join N rows to entries, without merging pictures.
 
         Args:
             value: (G,) distinct scores, ascending.
@@ -43,7 +44,7 @@ class PictureScores:
             failure: (N,) whether the answer in each row is wrong.
             picture: (N,) each row's picture number, from 0 on.
         """
-        # Equal keys belong to the same entry.
+        # Two rows belong to the same entry if their keys are equal.
         key = _join_key(picture, group, failure, n_groups=len(value))
         key_of_entry, n_rows = np.unique(key, return_counts=True)
         entry_picture, entry_group, entry_wrong = _split_key(key_of_entry, n_groups=len(value))
@@ -60,9 +61,10 @@ class PictureScores:
 
     @cached_property
     def strata(self) -> tuple[Ints, Ints, Ints]:
-        """The pictures with only right answers, with only wrong answers, and with both.
+        """The picture numbers in each stratum.
 
-        Each array has the picture numbers in a stratum.
+        The three strata are the pictures with only right answers, with only wrong answers, and
+        with both.
         """
         n_pictures = len(self.n_merged)
         has_wrong = np.bincount(self.picture[self.wrong], minlength=n_pictures) > 0
@@ -95,7 +97,8 @@ class PictureScores:
 
     def observed_counts(self) -> TieCounts:
         """Count the rows (1, G) in the sample itself, with each row once."""
-        return self._counts_of_draws(self.n_merged[None])
+        n_draws = self.n_merged[None]  # (1, P): each picture before a merge is drawn once
+        return self._counts_of_draws(n_draws)
 
     def _counts_of_draws(self, n_draws: Ints) -> TieCounts:
         """Count the rows (B, G) if each picture is drawn ``n_draws`` (B, P) times."""
@@ -110,7 +113,8 @@ class PictureScores:
         """
         n_resamples = len(n_draws)
         n_scores = len(self.value)
-        n_rows = n_draws[:, self.picture[is_counted]] * self.n_rows[is_counted]
+        picture = self.picture[is_counted]
+        n_rows = n_draws[:, picture] * self.n_rows[is_counted]
         # One bincount call counts all resamples: the cells of resample b begin at b * n_scores.
         first_cell = n_scores * np.arange(n_resamples)[:, None]
         cells = self.group[is_counted] + first_cell
@@ -120,57 +124,62 @@ class PictureScores:
         return n_drawn_rows.reshape(n_resamples, n_scores)
 
     def merge_equal_pictures(self) -> PictureScores:
-        """Replace all pictures with equal rows by one picture, without changing the counts.
+        """Merge equal pictures into one picture, which then counts several times.
 
-        Only pictures with a single entry are merged. Two such pictures are equal if score,
-        correctness and row count are equal. ``n_merged`` says how many pictures each picture
-        stands for.
+        Only pictures with a single entry are merged. Two such pictures are equal if the entries
+        agree in score, in row count, and in whether the answers are wrong.
         """
         n_pictures = len(self.n_merged)
         n_entries = np.bincount(self.picture, minlength=n_pictures)  # for each picture
-        is_single = n_entries[self.picture] == 1  # whether the picture has a single entry
-        # Equal keys belong to equal pictures.
+        is_only_entry = n_entries[self.picture] == 1  # (E,) whether the picture has a single entry
+        is_unmerged = ~is_only_entry
+        # Two pictures are equal if their keys are equal. All equal pictures form a kind.
         key = _join_key(self.n_rows, self.group, self.wrong, n_groups=len(self.value))
-        key_of_kind, n_of_kind = np.unique(key[is_single], return_counts=True)
+        key_of_kind, n_of_kind = np.unique(key[is_only_entry], return_counts=True)
         kind_n_rows, kind_group, kind_wrong = _split_key(key_of_kind, n_groups=len(self.value))
         # Each kind becomes one picture. Pictures with several entries do not change, but get new
         # numbers after the numbers of the kinds.
         n_kinds = len(key_of_kind)
         kind_numbers = np.arange(n_kinds)
-        unmerged_pictures, unmerged_index = np.unique(self.picture[~is_single], return_inverse=True)
+        unmerged_pictures, unmerged_index = np.unique(
+            self.picture[is_unmerged], return_inverse=True
+        )
         n_of_unmerged = np.ones(len(unmerged_pictures), np.int64)
         return PictureScores(
             self.value,
             picture=np.concatenate([kind_numbers, n_kinds + unmerged_index]),
-            group=np.concatenate([kind_group, self.group[~is_single]]),
-            wrong=np.concatenate([kind_wrong, self.wrong[~is_single]]),
-            n_rows=np.concatenate([kind_n_rows, self.n_rows[~is_single]]),
+            group=np.concatenate([kind_group, self.group[is_unmerged]]),
+            wrong=np.concatenate([kind_wrong, self.wrong[is_unmerged]]),
+            n_rows=np.concatenate([kind_n_rows, self.n_rows[is_unmerged]]),
             n_merged=np.concatenate([n_of_kind, n_of_unmerged]),
         )
 
     def resample_blocks(self, rng: np.random.Generator, sizes: list[int]) -> Iterator[TieCounts]:
-        """Yield the counts (B, G) for a block of resamples for each size B in ``sizes``.
+        """Yield a block of counts (B, G) for each B in ``sizes``. A block has B resamples.
 
-        From each stratum, as many pictures are drawn as the stratum has. How often each picture is
-        drawn follows a multinomial distribution.
+        From each stratum, as many pictures are drawn as the stratum has. The numbers of draws per
+        picture follow a multinomial distribution.
         """
         for size in sizes:
             n_draws = np.zeros((size, len(self.n_merged)), np.int64)
             for stratum in self.strata:
                 n_merged = self.n_merged[stratum]
-                n = int(n_merged.sum())
+                n = int(n_merged.sum())  # how many pictures the stratum had before a merge
                 if n:
                     n_draws[:, stratum] = rng.multinomial(n, n_merged / n, size=size)
             yield self._counts_of_draws(n_draws)
 
 
 def _join_key(number: Ints, group: Ints, wrong: NDArray[np.bool_], n_groups: int) -> Ints:
-    """Join three values to a key (E,). ``_split_key`` computes the three values again."""
+    """Pack three values (E,) into whole-number keys (E,). ``_split_key`` unpacks the keys.
+
+    ``group`` is below ``n_groups``, so different values have different keys.
+    """
     return (number * n_groups + group) * 2 + wrong
 
 
 def _split_key(key: Ints, n_groups: int) -> tuple[Ints, Ints, NDArray[np.bool_]]:
-    """Compute number (E,), group (E,) and wrong (E,) from the keys of ``_join_key``."""
+    """Unpack number (E,), group (E,) and wrong (E,) from the keys (E,) of ``_join_key``."""
     number_and_group = key // 2
     number = number_and_group // n_groups
     group = number_and_group % n_groups
@@ -184,7 +193,7 @@ class ScoredRows:
 
     uncertainty: Floats  # (N,) scores
     failure: Ints  # (N,) 1 where the answer is wrong, else 0
-    # (N,) picture numbers from 0 on. If every row shows a different picture, None
+    # (N,) picture numbers from 0 on, or None if every row shows a different picture
     picture: Ints | None = None
 
     @property
@@ -219,7 +228,7 @@ class ScoredRows:
         return len(np.unique(picture[is_wrong])), len(np.unique(picture[~is_wrong]))
 
     def take(self, mask: NDArray[np.bool_]) -> ScoredRows:
-        """Return the rows with True in the ``mask`` (N,)."""
+        """Return only the rows where ``mask`` (N,) is True."""
         picture = None if self.picture is None else repeated_picture_numbers(self.picture[mask])
         return ScoredRows(self.uncertainty[mask], self.failure[mask], picture)
 
@@ -256,7 +265,10 @@ def design_effect(picture: Ints | None) -> float:
 
 
 def independent_counts(counts: TieCounts, picture: Ints) -> TieCounts:
-    """Divide counts (G,) by ``design_effect``, and return effective counts of independent rows."""
+    """Compute effective counts of independent rows.
+
+    ``counts`` (G,) are divided by the design effect.
+    """
     divisor = design_effect(picture)
     correct: NDArray[Any] = counts.correct / divisor
     wrong: NDArray[Any] = counts.wrong / divisor

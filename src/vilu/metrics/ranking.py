@@ -22,10 +22,12 @@ Rule = Literal["interpolate", "first", "nearest"]
 def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Compute the probability that a wrong answer is more uncertain than a correct answer.
 
+    With the uncertainty u⁻ of a wrong answer, and the uncertainty u⁺ of a correct answer,
+
         AUROC = P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2
 
-    u⁻ is the uncertainty of a wrong answer, and u⁺ the uncertainty of a correct answer. AUROC does
-    not depend on the choice of the positive class. If there is only one class, AUROC is NaN.
+    AUROC does not depend on the choice of the positive class. If all answers are right, or all are
+    wrong, AUROC is NaN.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -55,7 +57,7 @@ def fpr_at_tpr(
 ) -> float:
     """Compute the false positive rate where the true positive rate reaches ``level`` (FPR95).
 
-    If there is only one class, the rate is NaN.
+    If all answers are right, or all are wrong, the rate is NaN.
 
     With ``positive="correct"``, accept answers until the share ``level`` of the correct answers is
     accepted. The rate is the accepted share of wrong answers. With ``positive="failure"``, reject
@@ -67,7 +69,8 @@ def fpr_at_tpr(
         failure: (N,) 1 where the answer is wrong, else 0.
         level: True positive rate, in (0, 1].
         positive: The positive class.
-        rule: How to read the ROC curve at ``level``.
+        rule: How to read the ROC curve at ``level``. The curve has an operating point for each
+            distinct uncertainty.
             "interpolate": straight lines between operating points, as in the ViLU paper. If several
             points have exactly the true positive rate ``level``, the largest false positive rate is
             taken, as ``numpy.interp`` in the paper's code does.
@@ -93,16 +96,19 @@ def fpr_at_tpr(
         >>> round(vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4)
         0.3333
     """
-    return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
+    counts = tie_counts(uncertainty, failure)
+    return float(fpr_at_tpr_kernel(counts, level, positive, rule))
 
 
 def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Compute the average precision of finding wrong answers, the most uncertain answers first.
 
+    Let recall_g and precision_g be the recall and the precision for the answers with at least the
+    g-th largest of the distinct uncertainties. With recall_0 = 0,
+
         average precision = Σ_g (recall_g - recall_{g-1}) precision_g
 
-    The sum is over the distinct uncertainties. If no answer is wrong, the result is NaN. The chance
-    level is the failure rate.
+    If no answer is wrong, the result is NaN. The chance level is the failure rate.
 
     Examples:
         >>> import vilu
@@ -138,8 +144,8 @@ def roc_curve_points(
 ) -> tuple[Floats, Floats]:
     """Return false positive rates (G+1,) and true positive rates (G+1,), from (0, 0) to (1, 1).
 
-    After the point (0, 0), each distinct uncertainty gives one point. If there is only one class,
-    all rates are NaN.
+    After the point (0, 0), each distinct uncertainty gives one point. If all answers are right, or
+    all are wrong, all rates are NaN.
 
     Raises:
         UsageError: If ``positive`` is neither "correct" nor "failure".
@@ -205,8 +211,9 @@ def _interpolated_fpr(fpr: Floats, tpr: Floats, level: float) -> Floats:
     ``fpr`` and ``tpr`` hold the curve's points (..., G+1). Let P be the last point with a true
     positive rate of at most ``level``. The curve is a straight line from P to the next point.
     """
+    # The rates are ascending from 0, so the points up to P are those with a rate up to ``level``.
     index_before = (tpr <= level).sum(-1) - 1
-    last_index = tpr.shape[-1] - 1
+    last_index = tpr.shape[-1] - 1  # if P is the last point, P is its own next point
     index_after = np.minimum(index_before + 1, last_index)
     tpr_before = _entries_at(index_before, tpr)
     fpr_before = _entries_at(index_before, fpr)
@@ -228,7 +235,7 @@ def aupr_kernel(counts: TieCounts, positive: PositiveClass) -> Floats:
 def _roc_points(counts: TieCounts) -> tuple[Floats, Floats]:
     """Return false positive rates (..., G+1) and true positive rates (..., G+1).
 
-    ``counts.correct`` counts the positive class. If there is only one class, all rates are NaN.
+    ``counts.correct`` counts the positive class. If a class has no answers, all rates are NaN.
     """
     none_accepted = np.zeros_like(counts.accepted[..., :1])  # numerator at the point (0, 0)
     has_one_class = counts.n_correct * counts.n_wrong == 0

@@ -18,7 +18,7 @@ from vilu.validation import checked, require_at_least, require_one_of
 Binning = Literal["width", "mass"]
 
 PROBABILITY_MARGIN = 1e-12
-"""Before a logarithm is taken, probabilities are clipped to this distance from 0 and from 1."""
+"""Before a logarithm is taken, probabilities are moved at least this far from 0 and from 1."""
 
 
 @checked
@@ -27,10 +27,12 @@ def ece(
 ) -> float:
     """Compute the expected calibration error for failure probabilities.
 
+    The rows are divided into bins by probability. If bin b has n_b of the N rows, the error is
+
         ECE = Σ_b (n_b / N) |failure rate_b - mean probability_b|
 
-    The sum is over the bins b, and bin b has n_b rows. The probability is P(failure) itself, not
-    the larger one of P(failure) and 1 - P(failure). A bin contains its upper edge.
+    The probability is P(failure) itself, not the larger one of P(failure) and 1 - P(failure). A
+    bin contains its upper edge.
 
     Args:
         probability: (N,) predicted failure probabilities, in [0, 1].
@@ -52,13 +54,15 @@ def ece(
         >>> round(error, 4)  # 2/4 * |0/2 - 0.1| + 2/4 * |1/2 - 0.9|
         0.25
     """
-    return float(ece_kernel(probability_counts(probability, failure), bins, binning))
+    counts = probability_counts(probability, failure)
+    return float(ece_kernel(counts, bins, binning))
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Compute the Brier score, the mean squared error of the failure probabilities p.
+    """Compute the Brier score, the mean squared error of the failure probabilities.
 
-    The score is (1/N) Σ (p - failure)². A constant probability of 1/2 has the score 1/4.
+    For N probabilities p, the score is (1/N) Σ (p - failure)². A constant probability of 1/2 has
+    the score 1/4.
 
     Examples:
         >>> import vilu
@@ -73,6 +77,8 @@ def brier(probability: ArrayLike, failure: ArrayLike) -> float:
 
 def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
     """Compute the mean negative log-likelihood of the outcomes, in nats.
+
+    For N probabilities p,
 
         log-loss = -(1/N) Σ (failure ln p + (1 - failure) ln(1 - p))
 
@@ -120,17 +126,19 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
 
 
 def _sums_per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
-    """Return, for each array (..., G) in ``values``, the sums (..., bins) over a bin's scores."""
+    """Sum each array (..., G) in ``values`` over the scores in each bin: (..., bins)."""
     require_one_of("binning", binning, get_args(Binning))
     require_at_least("bins", bins, 1)
     if bins > MAX_BINS:
         raise UsageError(f"bins must be at most {MAX_BINS:,}. Got {bins} instead.")
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
+        # "left": a score at an edge belongs to the bin below
         bin_of_value = np.searchsorted(inner_edges, counts.value, side="left")
         bin_of_score = np.broadcast_to(bin_of_value, counts.size.shape)
     else:
-        # The share of rows with smaller scores decides on a score's bin.
+        # The share of rows with smaller scores decides on a score's bin. If the last scores have
+        # no rows in a resample, all rows are below. Such scores belong to the last bin.
         n_below = counts.accepted - counts.size
         bin_of_score = n_below * bins // counts.n[..., None]
         bin_of_score = np.minimum(bin_of_score, bins - 1).astype(np.int64)
@@ -157,24 +165,25 @@ CLEAR_ERRORS = 2.0
 class BinnedError:
     """The kernel of ``ece``, with an interval corrected for the ECE's bias.
 
-    The ECE is estimated by T = sum_b |g_b|. Here g_b is the observed gap of bin b: failures
-    minus expected failures, divided by the total row count. A gap contains noise e_b, so the
-    absolute value is too large on average, by up to E|e_b| per bin. For example, the estimate is
-    9 % on 180 rows from a calibrated predictor, where the true ECE is 0. Resampled rows add this
-    bias once more, so the percentiles lie above T.
+    Let g_b be the observed gap of bin b: failures minus expected failures, divided by the total
+    row count. The estimate of the ECE is T = sum_b |g_b|. A gap contains noise e_b, so on average
+    |g_b| is too large, by up to E|e_b|. For example, the estimate is 9 % on 180 rows from a
+    calibrated predictor, where the true ECE is 0. Resampled rows add this bias once more, so the
+    percentiles lie above T.
 
     Therefore the noise is drawn instead of rows:
 
-    1. e_b is normal, with the same variance as the mean of (failure - p) 1[row in bin b].
-       If a calibrated predictor would have a larger variance, the larger variance is taken.
-    2. For every draw of the noise, T(g) = sum_b |g_b + e_b| is computed.
-    3. T(c) is computed in the same way for the clear gaps c. If |g_b| is at least two standard
-       errors, c_b is g_b, else 0.
+    1. e_b is drawn from a normal distribution, with the same variance as the mean of
+       (failure - p) 1[row in bin b]. If a calibrated predictor would have a larger variance, the
+       larger variance is taken.
+    2. A gap is clear if |g_b| is at least two standard errors. The clear gaps are c_b = g_b, and
+       c_b = 0 for the bins with an unclear gap.
+    3. Every draw gives the noisy sums S_g = sum_b |g_b + e_b| and S_c = sum_b |c_b + e_b|.
 
     With q_hi the upper quantile over the draws, the ends of the interval are
 
-        low  = T - q_hi(T(c) - sum_b |c_b|)
-        high = q_hi(T(g)) - (mean T(g) - T)
+        low  = T - q_hi(S_c - sum_b |c_b|)
+        high = q_hi(S_g) - (mean S_g - T)
 
     The lower end subtracts the largest plausible bias, the upper end only the smallest. The draws
     are not stratified by failure, because the ECE compares probabilities with observed failures.
@@ -203,22 +212,23 @@ class BinnedError:
         level = 1 - (1 - confidence) / 2  # for the upper quantiles q_hi
         is_unclear = np.abs(gap) < CLEAR_ERRORS * deviation
         clear_gap = np.where(is_unclear, 0.0, gap)  # c_b
-        drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # T(c) for each draw
+        drawn_clear_error = np.abs(clear_gap + noise).sum(axis=1)  # S_c for each draw
         clear_error = np.abs(clear_gap).sum()  # sum_b |c_b|
         largest_bias = np.quantile(drawn_clear_error - clear_error, level)
         low = min(estimate - largest_bias, estimate)
-        drawn_error = np.abs(gap + noise).sum(axis=1)  # T(g) for each draw
+        drawn_error = np.abs(gap + noise).sum(axis=1)  # S_g for each draw
         smallest_bias = drawn_error.mean() - estimate
         high = max(np.quantile(drawn_error, level) - smallest_bias, estimate)
         return float(max(low, 0.0)), float(min(high, 1.0))
 
     def _gaps(self, counts: TieCounts) -> tuple[Floats, Floats]:
-        """Return each bin's gap (bins,), as a share of all rows, and standard error (bins,)."""
+        """Return the gaps (bins,), as shares of all rows, and their standard errors (bins,)."""
         p = counts.value
         n = float(counts.n)
-        gap_of_score = counts.wrong - p * counts.size
+        gap_of_score = counts.wrong - p * counts.size  # sum of (failure - p) over the rows
+        # sum of (failure - p)^2 over the rows
         square_of_score = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
-        # failure variance if the predictor is calibrated
+        # the variance of the failures if the predictor is calibrated
         calibrated_variance_of_score = counts.size * p * (1 - p)
         sums = _sums_per_bin(
             counts,

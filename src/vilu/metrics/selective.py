@@ -21,7 +21,7 @@ Convention = Literal["mean", "trapezoid"]
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535, where H_n = 1 + 1/2 + ... + 1/n."""
 HARMONIC_TABLE_SIZE = 2**21
-"""Table size in harmonic numbers. The table is used for data sets with fewer rows.
+"""Count of harmonic numbers in the table for data sets with fewer rows than this count.
 
 The table takes 16 MB. Reading the table is five times as fast as computing logarithms.
 """
@@ -34,10 +34,11 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
     R_i is the selective risk of the i most trusted answers.
 
     - "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), as the expectation over the order of tied rows.
-      Reference implementations leave tied rows in input order. The value then depends on this
+      Reference implementations leave tied rows in input order, so their value depends on this
       order.
-    - "trapezoid" integrates over the distinct uncertainties by trapezoids. Below the smallest
-      coverage the risk is taken as constant. fd-shifts reports this value times 1000.
+    - "trapezoid" integrates the risk over the coverage by trapezoids. Each distinct uncertainty
+      is a point on the curve. Below the smallest coverage the risk is taken as constant. fd-shifts
+      reports this value times 1000.
 
     Args:
         uncertainty: (N,) scores, higher = more likely wrong.
@@ -61,10 +62,13 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
 def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Compute AURC minus the AURC of the best order. The perfect value is 0.
 
+    The best order has all N_correct correct answers first. Among the first i of the N answers,
+    max(0, i - N_correct) are wrong, so
+
         AURC of the best order = (1/N) Σ_i max(0, i - N_correct) / i
 
-    Let r be the failure rate. For large N, this sum approaches the usual formula
-    r + (1 - r) ln(1 - r). At N = 100 the sum and the formula differ by 0.001.
+    For large N and the failure rate r, this value approaches the usual formula
+    r + (1 - r) ln(1 - r). At N = 100 the value and the formula differ by 0.001.
 
     Examples:
         >>> import vilu
@@ -98,7 +102,7 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Compute the area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2].
 
-    Lower is better. The generalised risk is the share of wrong and kept answers among all N
+    Lower is better. The generalised risk is the share of answers that are wrong and kept, among all
     answers. With the accuracy a,
 
         AUGRC = (1 - AUROC) a (1 - a) + (1 - a)² / 2
@@ -175,7 +179,9 @@ def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Flo
         array([0.    , 0.3333, 0.5   ])
     """
     counts = tie_counts(uncertainty, failure)
-    return counts.accepted / counts.n, counts.accepted_wrong / counts.accepted
+    coverage = counts.accepted / counts.n
+    risk = counts.accepted_wrong / counts.accepted
+    return coverage, risk
 
 
 def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:

@@ -17,5 +17,5 @@ NOT_COVERED = "not_covered"
 OUTSIDE_REASON = "outside"
 """Reason why an answer is not accepted: the picture is probably outside all classes.
 
-A failure by a wrong answer within the classes is less probable.
+This is more probable than a wrong answer about a picture within the classes.
 """

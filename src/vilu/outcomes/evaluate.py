@@ -26,8 +26,8 @@ from vilu.outcomes.outcomes import Outcomes, Scores, SupportsTally, Tally, ident
 from vilu.outcomes.results import ResultRow, ResultTable, scores_name
 from vilu.validation import checked, describe_value, require_at_least
 
-MAX_SHARE_OF_REPEATS = 0.01  # a warning follows if more than this share of rows repeat a picture
-MIN_ANSWERS_OF_EACH_KIND = 30  # a warning follows if fewer answers are wrong, or if fewer are right
+MAX_SHARE_OF_REPEATS = 0.01  # ``evaluate`` warns if more than this share of rows repeat a picture
+MIN_ANSWERS_OF_EACH_KIND = 30  # ``evaluate`` warns if fewer answers are wrong, or fewer are right
 MAX_SENTENCES = 3  # maximum number of sentences in a warning
 
 
@@ -188,11 +188,12 @@ class Comparison:
     ci_high: float  # upper end of the interval for the difference
     p_value: float  # two-sided p-value of "there is no difference"
     n: int  # number of rows
-    # number of rows with a wrong answer, or for the question "outside", rows outside all classes
+    # number of rows with a wrong answer; for the question "outside", of rows outside all classes
     n_failures: int
     convention: str  # convention of the metric, where the literature has several
     why: str | None = None  # why the metric is undefined, if it is
-    n_pictures: int | None = None  # number of pictures, None if no two rows show the same picture
+    # number of pictures, or of clusters if these are known; None if none has two rows
+    n_pictures: int | None = None
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)
@@ -233,8 +234,8 @@ def compare(
 ) -> Comparison:
     """Compare a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that one method did not score are left out for both methods. Rows that show the same
-    picture are resampled together.
+    Rows that one method did not score are left out for both methods. Rows in the same cluster are
+    resampled together. Without clusters, rows that show the same picture are.
 
     The two methods may judge different answers for the same rows, for example zero-shot and adapted
     answers. Then only metrics on decisions can be compared: coverage at a risk, risk at a coverage
@@ -252,7 +253,7 @@ def compare(
         ProvenanceError: If the row count, the ids, the failures or the rows outside differ.
         DataError: If no row is left, or if the metric needs probabilities and a method has none.
         UsageError: If the metric is unknown, if a setting is out of range, or if the methods judge
-            different answers and the metric measures only the answers' ranking.
+            different answers and the metric measures only how the answers are ranked.
 
     Examples:
         >>> import vilu
@@ -290,7 +291,7 @@ def compare(
         "picture": picture,
     }
     if same_answers_are_judged:
-        failure_b = failure_a  # also for the question "outside"
+        failure_b = failure_a  # for the question "outside", only ``failure_a`` was replaced above
         result = paired_bootstrap(metric, uncertainty_a, uncertainty_b, failure_a, **settings)
     else:
         result = paired_across_answers(
@@ -306,7 +307,7 @@ def compare(
         why = _why_only_one_kind(n, n_failures, metric_to_compare.question)
     n_pictures = None
     if picture is not None:
-        n_pictures = int(picture.max()) + 1
+        n_pictures = int(picture.max()) + 1  # pictures are numbered from 0
     return Comparison(
         metric=metric,
         method_a=_method_name(a),
@@ -346,8 +347,8 @@ def _different_answers_message(metric: Metric, a: Outcomes, b: Outcomes) -> str:
 def _pictures(a: Outcomes, b: Outcomes, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Return the picture number for every row in the mask ``rows`` (N,), or None if none repeats.
 
-    If two rows in ``a`` show the same picture, the numbers come from ``a``. Otherwise the numbers
-    come from ``b``.
+    If clusters are known, these are cluster numbers. The numbers come from ``a`` if a number
+    repeats in ``a``, and otherwise from ``b``.
     """
     for outcomes in (a, b):
         identities = outcomes.identities(rows)
@@ -389,9 +390,10 @@ class Resampling(NamedTuple):
         if isinstance(kernel, OwnInterval):
             text = f"{percent}, {kernel.interval_note}, {self.n} draws"
         pictures_repeat = scores.n_pictures != scores.n
-        if pictures_repeat:
-            return f"{text} of {'clusters' if has_clusters else 'pictures'}"
-        return text
+        if not pictures_repeat:
+            return text
+        unit = "clusters" if has_clusters else "pictures"
+        return f"{text} of {unit}"
 
 
 UNDEFINED_INTERVAL = Interval(value=math.nan, ci_low=math.nan, ci_high=math.nan)
@@ -427,7 +429,7 @@ def _result_rows(
     rows = []
     for name, metric in metrics.items():
         interval = intervals.get(name, UNDEFINED_INTERVAL)
-        # without probabilities, ``scores``
+        # ``rows_for`` returns None if the metric needs probabilities and there are none
         scores_of_metric = tally.rows_for(metric) or scores
         why = None
         if math.isnan(interval.value):
@@ -454,19 +456,18 @@ def _result_rows(
 def _intervals(
     tally: Tally, metrics: Mapping[str, Metric], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the metric names to values and intervals.
+    """Return the value and the interval for each metric, by name.
 
     Metrics on the same rows share the resamples. Metrics on probabilities are left out if there are
     no probabilities.
     """
-    # The keys are the ``id`` of the rows, because the rows are not hashable.
+    # ``Scores`` are not hashable, so the ``id`` is the key
     scores_by_id: dict[int, Scores] = {}
     kernels_by_id: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():
         scores = tally.rows_for(metric)
         if scores is not None:
             scores_by_id[id(scores)] = scores
-            # a new dictionary at the scores' first metric
             kernels = kernels_by_id.setdefault(id(scores), {})
             kernels[name] = metric.kernel
     intervals: dict[str, Interval] = {}
@@ -486,7 +487,7 @@ def _why_no_value(metric: Metric, tally: Tally) -> str:
 def _measure_metrics(
     scores: Scores, kernels: Mapping[str, Kernel], resampling: Resampling
 ) -> dict[str, Interval]:
-    """Map the metric names to values, with intervals if intervals can be computed.
+    """Return the value for each metric, by name, and the interval if this can be computed.
 
     Intervals need ``resampling.n`` > 0, and both failures and successes.
     """
@@ -519,7 +520,7 @@ def _none_for_nan(value: float) -> float | None:
 def _uncertainty_and_failure(
     outcomes: Outcomes, rows: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return uncertainties and failures for a row mask (N,), and refuse a mask without any True."""
+    """Return the uncertainties and failures in a row mask (N,). Refuse a mask without rows."""
     if not rows.any():
         n_known = np.count_nonzero(outcomes.failure != UNKNOWN)
         is_scored = np.isfinite(outcomes.uncertainty)
@@ -554,7 +555,8 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
 def require_same_answers(a: Outcomes, b: Outcomes) -> None:
     """Refuse outcomes with different failures in rows that both methods scored.
 
-    There the judged answers differ. ``vilu.score`` gives no failure in a row that it cannot score.
+    Different failures mean that different answers were judged. Other rows are not compared, because
+    ``vilu.score`` gives no failure in a row that it cannot score.
     """
     are_scored = np.isfinite(a.uncertainty) & np.isfinite(b.uncertainty)
     failure_b = np.where(are_scored, b.failure, a.failure)
@@ -619,11 +621,11 @@ KIND_IN_WORDS = {
     "within": "wrong within the classes",
     "outside": "of none of the classes",
 }
-"""Maps a metric's question to the words for a row with the answer "yes"."""
+"""Maps a metric's question to words for the rows that count as failures."""
 
 
 def _why_only_one_kind(n: int, n_failures: int, question: Question) -> str:
-    """Say why a metric is undefined: the question has the answer "yes" in no row or all rows."""
+    """Say why a metric is undefined: no row counts as a failure, or all rows do."""
     if n_failures == 0:
         return f"none of {n} answers is {KIND_IN_WORDS[question]}"
     return f"all of {n} answers are {KIND_IN_WORDS[question]}"

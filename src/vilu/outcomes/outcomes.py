@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return the checked mask (N,) of rows outside all classes.
 
-    ``target`` (N,) must be unknown in such rows.
+    In such rows, ``target`` (N,) must not be a class.
     """
     outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     contradictory_rows = np.flatnonzero(outside & (target >= 0))
@@ -127,7 +127,7 @@ def plain_values(column: pa.ChunkedArray, column_type: str) -> Any:  # noqa: ANN
 
 
 Scores = ScoredRows | Histogram
-"""Scores with known failures."""
+"""The scores of rows whose failures are known."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Tally:
 
     scores: Scores  # evaluable rows: rows with an uncertainty and a known failure
     within: Scores  # evaluable rows whose picture belongs to one of the classes
-    outside: Scores  # all evaluable rows, where "wrong" means in none of the classes
+    outside: Scores  # evaluable rows, where a picture of none of the classes counts as wrong
     n_unlabelled: int  # number of rows with an uncertainty and an unknown failure
     n_unusable: int  # number of rows without an uncertainty
     # The evaluable rows, with the failure probability as the score. This is the calibrated
@@ -154,11 +154,11 @@ class Tally:
     n_seen_in_fit: int = 0  # number of rows used to fit the predictor, as far as known
 
     def rows_for(self, metric: Metric) -> Scores | None:
-        """Return the rows for a metric, or None if the metric needs missing probabilities."""
+        """Return the rows for a metric. Return None if the needed probabilities are missing."""
         if metric.of_probability:
             return self.probability
-        rows = {"failure": self.scores, "within": self.within, "outside": self.outside}
-        return rows[metric.question]
+        rows_of_question = {"failure": self.scores, "within": self.within, "outside": self.outside}
+        return rows_of_question[metric.question]
 
     def convention_of(self, metric: Metric) -> str:
         """Say how a metric is defined, of which probability, and how precise the value is."""
@@ -231,10 +231,13 @@ COMMON_FIELD_TYPES = {
     "provenance": Mapping,
     "is_probability": bool,
 }
-"""Maps each field with one value for all rows to the value's type."""
+"""The fields that have one value for all rows. Maps each field to the type of its value."""
 
 FILLABLE_COLUMNS = ("prediction", "target", "reason", "picture", "cluster")
-"""Optional columns that parts of ``concat`` may lack. Rows from such parts get missing values."""
+"""Optional columns that may be in some parts for ``concat`` and not in others.
+
+Rows from a part without the column get missing values.
+"""
 
 PROBLEM_ENTRIES = ("space", "predictor_space", "n_candidates", "pool_size")
 """Provenance entries that describe how difficult the problem is."""
@@ -282,7 +285,7 @@ def _join_column(parts: Sequence[Outcomes], name: str, column_type: str) -> Any:
 
 
 def _join_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries with equal values in all parts. Row counts are added up."""
+    """Return the entries that are equal in all parts, and the sums of row counts."""
     joined: dict[str, Any] = {}
     for name in parts[0]:
         values: list[Any] = [part.get(name) for part in parts]
@@ -319,9 +322,10 @@ def _common_fields_of_file(
     path: str | Path, table: pa.Table, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a file's metadata, with the method and the answer kind."""
-    methods = _distinct_texts(path, table, "score_name")
     common_fields: dict[str, Any] = dict(metadata)
-    # If the metadata lack the method or the answer kind, the column's only value is used.
+    # If the metadata lack the method or the answer kind, the value comes from the column, if all
+    # rows have the same value.
+    methods = _distinct_texts(path, table, "score_name")
     if len(methods) == 1:
         common_fields.setdefault("method", methods[0])
     answer_kinds = _distinct_texts(path, table, "answer")
@@ -457,7 +461,10 @@ class Outcomes:
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
-        """Set ``outside`` from the argument and from targets -2. Answers outside must be wrong."""
+        """Set ``outside`` from the argument and from the targets with code -2.
+
+        Every answer about a picture outside all classes must be wrong.
+        """
         target = self.target
         if target is None:
             target = np.full(len(self.uncertainty), UNKNOWN)
@@ -542,7 +549,9 @@ class Outcomes:
         return evaluable
 
     def zero_shot_beside(self, row: int) -> str | None:
-        """Return a row's zero-shot answer by name, or None if this answer is judged or not known.
+        """Return the name of a row's zero-shot answer if it differs from the judged answer.
+
+        Return None if the two are equal, or if the zero-shot answer or the names are not known.
 
         Examples:
             >>> import vilu
@@ -662,8 +671,8 @@ class Outcomes:
         columns: dict[str, pa.Array] = {}
         if self.ids is not None:
             columns["id"] = pa.array(self.ids, pa.string())
-        fields = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
-        for name, field_name in fields.items():
+        field_of_column = {"answer": "prediction", "target": "target", "zero_shot": "zero_shot"}
+        for name, field_name in field_of_column.items():
             codes = getattr(self, field_name)
             if codes is not None:
                 columns[name] = self._names_of(codes)
@@ -722,16 +731,17 @@ class Outcomes:
         return pc.if_else(is_outside, OUTSIDE_NAME, names)
 
     def identities(self, rows: NDArray[np.bool_]) -> NDArray[np.int64] | None:
-        """Return a number (M,) for the cluster, or else the picture, of each row in a mask.
+        """Return the numbers (M,) of clusters for the M rows in the mask ``rows`` (N,).
 
-        Rows with equal numbers are resampled together, also rows of several outcomes. A row with
-        the number -1 is resampled alone. The result is None if neither clusters nor pictures are
-        known. The mask ``rows`` is (N,).
+        Without clusters, return the numbers of the pictures instead. Without either, return None.
+        Rows with equal numbers are resampled together, even if they are in different outcomes. A
+        row with the number -1 is resampled alone.
         """
         if self.cluster is not None:
             number_of_cluster: dict[str | None, int] = {None: UNKNOWN}
+            bits_without_sign = np.iinfo(np.int64).max  # so that no hash is UNKNOWN (-1)
             for name in set(self.cluster) - {None}:
-                number_of_cluster[name] = hash_of_text(str(name)) & np.iinfo(np.int64).max
+                number_of_cluster[name] = hash_of_text(str(name)) & bits_without_sign
             numbers = [number_of_cluster[name] for name in self.cluster]
             return np.array(numbers, dtype=np.int64)[rows]
         if self.picture is not None:
@@ -751,7 +761,6 @@ class Outcomes:
         is_scored = np.isfinite(self.uncertainty)
         failure = self.failure[rows]
         is_outside = self.outside[rows]
-        # Cluster or picture numbers. Rows with equal numbers are resampled together.
         identities = self.identities(rows)
         resampling_unit = repeated_picture_numbers(identities)
         scores = ScoredRows(self.uncertainty[rows], failure, picture=resampling_unit)

@@ -64,7 +64,8 @@ class ResultRow:
     interval: str | None = None  # how the interval was made, None without an interval
     why: str | None = None  # why ``value`` is None
     n_outside: int = 0  # number of wrong answers for pictures outside all classes
-    n_pictures: int | None = None  # number of pictures, None if no two rows show the same picture
+    # number of pictures, or of clusters if these are known; None if none has two rows
+    n_pictures: int | None = None
     answer: str = "zero_shot"  # kind of the judged answers, as in ``Outcomes``
     # sample from the evaluated rows (``sample_of_rows``); None if unknown, as in results from a
     # file
@@ -89,10 +90,11 @@ ARROW_TYPE = {"str": "string", "int": "int64", "float": "float64"}
 
 
 def _column_types() -> dict[str, str]:
-    """Map every field of ``ResultRow`` with a column to the column's Arrow type."""
+    """Return each file column's Arrow type, by name. All fields but ``sample`` are columns."""
     types = {}
     for column in fields(ResultRow):
-        if column.name != "sample":  # has no column
+        if column.name != "sample":
+            # ``column.type`` is a text such as "int | None"
             python_type = str(column.type).removesuffix(" | None")
             types[column.name] = ARROW_TYPE[python_type]
     return types
@@ -225,8 +227,9 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # The outer key has the fields that rows with several seeds share. The inner key is a row
-        # without the interval. If only the intervals of rows differ, the first row stays.
+        # A group holds the rows to average, for all seeds of a method on a data set. A group's keys
+        # are the rows without the intervals. So if rows differ only in the interval, only the first
+        # row is in the group.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -243,8 +246,8 @@ class ResultTable:
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return the rows as plain dictionaries.
 
-        ``n_outside`` is in the dictionaries only if some row has a value for ``n_outside``. The
-        same rule holds for ``n_pictures``.
+        ``n_outside`` is left out if every value is 0. ``n_pictures`` is left out if every value is
+        None.
 
         Examples:
             >>> import vilu
@@ -262,7 +265,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """Columns to write. A column in ``RARE_COLUMNS`` is left out if no row has a value."""
+        """Columns to write. ``RARE_COLUMNS`` are left out if every value is 0 or None."""
         columns = list(COLUMNS)
         for name in RARE_COLUMNS:
             if not any(getattr(row, name) for row in self.rows):
@@ -435,7 +438,7 @@ def _table_of_json(path: str | Path) -> pa.Table:
 
 
 def _refuse_folds(rows: Sequence[ResultRow]) -> None:
-    """Raise UsageError if the results for several seeds have no evaluated row in common."""
+    """Raise UsageError if no evaluated row is common to two of the seeds."""
     samples = [row.sample for row in rows if row.sample is not None]
     if not are_disjoint(samples):
         return
@@ -484,7 +487,7 @@ def _mean_row(rows: Sequence[ResultRow]) -> ResultRow:
 
 
 def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
-    """Return the mean picture count over seeds, or None if no seed has a picture twice."""
+    """Return the mean picture count over seeds. Return None if no picture has two rows."""
     if all(row.n_pictures is None for row in rows):
         return None
     n_pictures_of_seeds = [_n_pictures(row) for row in rows]
@@ -492,8 +495,8 @@ def _mean_pictures(rows: Sequence[ResultRow]) -> int | None:
 
 
 def _n_pictures(row: ResultRow) -> int:
-    """Return the picture count. If no two rows show the same picture, this is the row count."""
-    if row.n_pictures is None:
+    """Return the number of different pictures, which may be the number of rows."""
+    if row.n_pictures is None:  # no picture has two rows
         return row.n
     return row.n_pictures
 
@@ -535,10 +538,10 @@ def _are_default_metrics(names: set[str]) -> bool:
         metric = METRICS[name]
         if not metric.of_probability and metric.question == "failure":
             always_computed.add(metric.name)
-    has_all_of_them = always_computed.issubset(names)
+    has_all_always_computed = always_computed.issubset(names)
     default_names = evaluated_metrics()
     has_only_defaults = names.issubset(default_names)
-    return has_all_of_them and has_only_defaults
+    return has_all_always_computed and has_only_defaults
 
 
 def _tables_by_data_set(
@@ -555,9 +558,10 @@ def _tables_by_data_set(
 
 def _table_of_data_set(rows: Sequence[ResultRow], metrics: Sequence[str]) -> TitledTable:
     """Make the table of one data set, with a line per method and seed."""
-    # A line maps a metric to a result. If the same scores, seed and metric have a second result,
-    # the second result goes to a new line. So a line's key is the scores' name, the seed, and the
-    # number of earlier results with the same name, seed and metric.
+    # A line maps each metric to a result. If there are two results for the same scores, seed and
+    # metric, the second result goes to a new line. So the key of a line has three parts: the name
+    # of the scores, the seed, and the number of earlier results for the same scores, seed and
+    # metric.
     lines: dict[tuple[str, int | None, int], dict[str, ResultRow]] = {}
     n_earlier: Counter[tuple[str, int | None, str]] = Counter()
     for row in rows:
@@ -589,7 +593,7 @@ def _metric_named(name: str) -> Metric:
 
 
 def scores_name(method: str | None, answer: str) -> str:
-    """Name the scores by the method and, unless zero-shot, by the kind of judged answers."""
+    """Return the method's name. If the answers are not zero-shot, add the kind in brackets."""
     name = method or "unnamed"
     if answer == "zero_shot":
         return name
@@ -609,7 +613,7 @@ def _cell(row: ResultRow | None) -> str:
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
-    """Return the title for one data set's table: the name, and the row counts."""
+    """Return the title of one data set's table: the data set's name, and the row counts."""
     accuracy = join_distinct(f"{100 * row.accuracy:.1f}" for row in rows)
     counts = [
         f"{_span_of_count(rows, 'n')} answers{_pictures_phrase(rows)}",
@@ -638,7 +642,7 @@ def _pictures_phrase(rows: Sequence[ResultRow]) -> str:
 
 
 def _shares_phrase(rows: Sequence[ResultRow]) -> str:
-    """Return a phrase on both kinds of wrong answers, or "" if no row is outside."""
+    """Return a phrase on wrong answers within and outside the classes, or "" if none is outside."""
     if not any(row.n_outside for row in rows):
         return ""
     percent_within = join_distinct(_percent(row.n_failures - row.n_outside, row.n) for row in rows)
@@ -647,7 +651,7 @@ def _shares_phrase(rows: Sequence[ResultRow]) -> str:
 
 
 def _percent(count: int, n: int) -> str:
-    """Return the share of ``count`` in ``n`` as text, in percent."""
+    """Return the share of ``count`` in ``n`` as text, in percent. Without rows, the share is 0."""
     return f"{100 * count / max(n, 1):.1f}"
 
 
@@ -663,7 +667,8 @@ def _notes(rows: Sequence[ResultRow], shown_metrics: Sequence[str]) -> list[str]
     if not rows:
         return ["no results"]
     rows = [row for row in rows if row.metric in shown_metrics]
-    first_note = f"in percent{not_in_percent(map(_metric_named, shown_metrics))}"
+    exceptions = not_in_percent(map(_metric_named, shown_metrics))
+    first_note = f"in percent{exceptions}"
     intervals = _intervals_in_words(rows)
     if intervals:
         first_note = f"{first_note}; in brackets: {intervals}"

@@ -14,14 +14,14 @@ from vilu.errors import UNKNOWN
 SAMPLE_SIZE = 256
 """Number of rows in a sample.
 
-The sample has the rows with the smallest hashes. Let J be the share of rows that are in both of two
-outcomes. The two samples have no row in common with a probability near (1 - J)^256. For J = 5 %
-this probability is 2e-6.
+The sample has the rows with the smallest hashes. Of the rows in either of two outcomes, let J be
+the share in both. The probability that the two samples share no row is near (1 - J)^256. For
+J = 5 % this is 2e-6.
 """
 
 
 class RowSample(NamedTuple):
-    """Hashes for some rows, and what is hashed: "pictures", or row "names"."""
+    """Hashes for some rows. ``kind`` says whether pictures are hashed, or the names of the rows."""
 
     kind: Literal["pictures", "names"]
     hashes: frozenset[int]
@@ -58,14 +58,14 @@ def _smallest_hashes(hashes: NDArray[np.int64]) -> frozenset[int]:
 
 
 def hash_of_text(text: str) -> int:
-    """Hash a text, such as an identifier, to a whole number with 64 bits and a sign."""
+    """Hash a text, such as an identifier, to a signed 64-bit integer."""
     content = text.encode(errors="surrogatepass")
     digest = blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def are_disjoint(samples: Sequence[RowSample]) -> bool:
-    """Return whether no two samples share a row, or False if the samples cannot be compared."""
+    """Return whether all samples have different rows. Return False if this cannot be compared."""
     kinds = {sample.kind for sample in samples}
     if len(samples) < 2 or len(kinds) > 1:
         return False

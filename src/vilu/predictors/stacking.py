@@ -40,13 +40,14 @@ MEMBERS_WITH_LABELS = (
     "linear_probe",
 )
 MIN_PROBABILITY = 1e-12
-"""Probabilities are clipped to this value ... 1 minus this value. Log-odds are then finite."""
+"""Probabilities are clipped to the range 1e-12 ... 1 - 1e-12, so that log-odds are finite."""
 MAX_DEVIATIONS = 5.0
 """Standardised scores are clipped to -5 ... 5. Then no outlier decides alone."""
 NEGLIGIBLE_DEVIATION = 1e-9
-"""Scores count as equal if the standard deviation is at most this share of the largest |score|.
+"""Limit for a standard deviation, as a share of the largest |score|.
 
-Rounding alone may cause such a deviation.
+If the standard deviation is not above this limit, a member's scores count as equal. Rounding alone
+may cause so small a deviation.
 """
 
 
@@ -56,20 +57,22 @@ class Stacking(WithSecondModel):
 
         u = P(failure) = sigmoid(b + sum_m w_m x_m)
 
-    x_m is the score of member m, standardised and then clipped to ±5. If a member estimates a
-    probability, x_m is made from the log-odds, with the probability clipped at 1e-12.
+    x_m is made from the score of member m, and w_m is the member's weight. If the score is a
+    probability, it is first replaced by its log-odds. The score or the log-odds are then
+    standardised and clipped to ±5.
 
-    1. All members score rows that the members were not fitted on: the validation set or, without a
-       validation set, held-out training rows. Up to 5,000 training rows are all held out in turn,
-       in five folds stratified by failure. From a larger training set a fifth is held out, but at
-       most 5,000 rows.
+    1. All members score rows that they were not fitted on: the validation set or, without a
+       validation set, held-out training rows. If there are at most 5,000 training rows, all are
+       held out in turn, in five folds stratified by failure. If there are more, a fifth is held
+       out, but at most 5,000 rows.
     2. Means, standard deviations, w and b are estimated from these scores. A member with equal
        scores for all rows gets no weight.
     3. The members are fitted again on all training rows.
 
-    Members have default parameters, except for the stack's ``seed`` and ``device``. If the fitted
-    rows are all failures or all successes, a member that learns from failures is a constant. The
-    stack scores only the fitted classes, because some default members score only these classes.
+    Members have default parameters, but the ``seed`` and the ``device`` are those of the stack. If
+    the fitted rows are all failures or all successes, a member that learns from failures is a
+    constant. The stack scores only the fitted classes, because some default members score only
+    these classes.
 
     Args:
         members: Names of the members (see ``vilu list predictors``).
@@ -83,7 +86,7 @@ class Stacking(WithSecondModel):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth: 0 up to 63 degrees, answer: 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote"))
@@ -96,14 +99,14 @@ class Stacking(WithSecondModel):
         "logistic regression on the scores of other methods, cross-fitted (Wolpert 1992)"
     )
     reference: ClassVar[str] = "Wolpert, Neural Networks 1992"
-    cost: ClassVar[str] = "fit: its members, six times up to 5,000 rows; score: its members"
+    cost: ClassVar[str] = "fit: its members, six times (twice above 5,000 rows); score: its members"
     no_captions: ClassVar[str | None] = (
         "its members compare images of one class, and captions have no classes"
     )
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
-    # in the notation of ``require_forms``, for M members
+    # "d" means float64, and "M" is the member count (see ``require_forms``)
     _forms: ClassVar[str] = "mean:dM deviation:dM coefficients:dM intercept:d1"
 
     seed: int = 0
@@ -141,7 +144,7 @@ class Stacking(WithSecondModel):
         return columns_of_members(self.members_)
 
     def _new_members(self) -> dict[str, FailurePredictor]:
-        """Make the members by name, without a fit."""
+        """Make new members, not yet fitted. Return them by name."""
         has_duplicates = len(set(self.members)) < len(self.members)
         if has_duplicates or self.name in self.members:
             member_names = ", ".join(self.members)
@@ -173,7 +176,8 @@ class Stacking(WithSecondModel):
         failures = []
         folds = cross_fit_splits(train, failure, validation, self.seed, self.needs)
         rows_of_first_fold, _ = folds[0]
-        if not len(rows_of_first_fold.index):  # the rows of a picture are held out together
+        # a picture's rows are held out together, so no row is left if all rows show one picture
+        if not len(rows_of_first_fold.index):
             raise DataError(
                 f"{self.name} fits its members on other pictures than its weights, and all "
                 f"{len(train.index)} training rows show one picture. Add rows of other pictures, "
@@ -195,7 +199,7 @@ class Stacking(WithSecondModel):
         return Learnt(tensors, notes | second_notes)
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
-        """Make new members, fitted on some rows."""
+        """Make new members and fit them on ``rows``. Return them by name."""
         members = self._new_members()
         failures = [batch.failure for batch in rows.batches(SCORING_BATCH)]
         failure = torch.cat(failures)
@@ -203,7 +207,7 @@ class Stacking(WithSecondModel):
         ood_rows = rows.index[is_ood]
         for member in members.values():
             if not member.needs_fit:
-                member.take({}, rows.source.space)  # only the space is stored
+                member.take({}, rows.source.space)  # stores only the embedding space
                 continue
             is_usable = torch.ones_like(is_ood)
             if member.needs == "class":
@@ -261,7 +265,7 @@ class Stacking(WithSecondModel):
         is_constant = tensors.keys() == {CONSTANT}
         if not is_constant:
             members = self._new_members()
-        # the members' tensors are split off, without the prefixes
+        # move every member's tensors from ``regression`` to ``states``, and drop the prefixes
         regression = dict(tensors)
         states: dict[str, dict[str, Tensor]] = {}
         for name in members:
@@ -272,7 +276,7 @@ class Stacking(WithSecondModel):
                     state[key.removeprefix(prefix)] = tensor
                     regression.pop(key, None)
             states[name] = state
-        n_members = len(regression.get("mean", ()))  # each member has a mean
+        n_members = len(regression.get("mean", ()))  # "mean" has one number per member
         if members and n_members != len(members):
             raise DataError(
                 f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. "
@@ -312,9 +316,10 @@ def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
 
 
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
-    """Compute the members' scores (B, M) float64, or log-odds if a member estimates probabilities.
+    """Compute the score of every row by every member: (B, M) float64 on the CPU.
 
-    The scores are on the CPU, because members may be on different devices.
+    Probabilities are replaced by their log-odds. The result is on the CPU, because members may be
+    on different devices.
     """
     columns = []
     for member in members.values():
@@ -327,6 +332,9 @@ def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
 
 
 def standardise(scores: Tensor, regression: dict[str, Tensor]) -> Tensor:
-    """Standardise and clip the scores (B, M). A member with equal scores in the fit gets 0."""
+    """Standardise and clip the scores (B, M). Return 0 for a member with equal scores in the fit.
+
+    ``regression`` has the members' means and standard deviations in the fit.
+    """
     deviations = (scores - regression["mean"]) / regression["deviation"]
     return deviations.clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)

@@ -1,7 +1,7 @@
 """Methods that multiply zero-shot logits by fitted factors: ``mcm_ts`` and ``duo``.
 
-``mcm_ts`` has a single factor, and ``duo`` has a factor for each of two models. Multiplying logits
-by m means the temperature 1 / m.
+``mcm_ts`` has a single factor, and ``duo`` has a factor for each of two models. A factor m is the
+same as a temperature 1 / m.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ class MCMTS(FailurePredictor):
     """MCM with logits multiplied by a fitted factor m: u = 1 - p_a with p = softmax(m l).
 
     l are the zero-shot logits, and a is the judged answer. m is learned from labels and is between
-    1/100 and 100. m multiplies the VLM's logit scale. 1 / m is the temperature in Guo et al. With
-    more than two candidates, m changes both the calibration and the row order. Rows are read in
-    batches, so memory does not grow with the row count. A caption is scored within a pool of
-    captions.
+    1/100 and 100. 1 / m is the temperature in Guo et al. With more than two candidates, m changes
+    both the calibration and the row order. Rows are read in batches, so memory does not grow with
+    the row count. For image-caption pairs, the candidates are the captions in the row's pool.
 
     If no answer is wrong, the likelihood grows with m without bound, and m cannot be estimated. m
     then stays 1, with a warning.
@@ -81,7 +80,7 @@ class MCMTS(FailurePredictor):
     cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
     is_probability: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    _forms: ClassVar[str] = "log_multiplier:d"  # log m, see ``require_forms``
+    _forms: ClassVar[str] = "log_multiplier:d"  # a float64 number, log m
 
     seed: int = 0
     device: str = "auto"
@@ -150,8 +149,8 @@ def minimise_mean_loss(
     """Find the point with the least mean loss over ``n_rows`` labelled rows, by bounded L-BFGS.
 
     Args:
-        loss_and_derivatives: Function from a batch and a point to the summed losses in the batch,
-            followed by the sum's derivatives in the point's coordinates.
+        loss_and_derivatives: Function of a batch and a point. It returns the sum of the losses in
+            the batch, followed by the sum's derivatives in the point's coordinates.
         train: The labelled rows.
         n_rows: Number of labelled rows.
         start: The point where the search begins.
@@ -189,12 +188,13 @@ def _mean_over_rows(
 def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
     """Sum -log p_target over a batch. Return the sum and the derivative in log m: (2,) on the CPU.
 
-    The logits m l may have a further factor f. The derivative in log m equals the derivative in f
-    at f = 1.
+    p is the softmax of m l, for the zero-shot logits l. The derivative in log m is computed as the
+    derivative in f at f = 1 for the logits f m l. Both derivatives are equal.
     """
     logits = float64(batch.logits)
     # subtracting the largest logit does not change p, and avoids large numbers
-    z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
+    largest_logit = logits.amax(dim=-1, keepdim=True)
+    z = (logits - largest_logit) * math.exp(log_multiplier)
     logits_of_one_model = z.unsqueeze(-1)  # (B, K, 1)
     return pooled_loss_and_derivatives(batch, logits_of_one_model, factors=[1.0])
 
@@ -202,10 +202,10 @@ def loss_and_derivative(batch: Batch, log_multiplier: float) -> Tensor:
 def pooled_loss_and_derivatives(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
     """Sum -log p_target over a batch. Return the sum and its derivatives in M factors: (1 + M,).
 
-    The result is on the CPU. p is the softmax of z = sum_m factor_m logits_m, with the ``logits``
-    (B, K, M) from M models. p_target is the total probability of the right candidates. Usually a
-    row has a single right candidate. For a row, the derivative in factor m is the mean of logits_m
-    under p, minus the mean under p restricted to the right candidates.
+    ``logits`` (B, K, M) are from M models, and p is the softmax of z = sum_m factor_m logits_m.
+    p_target is the total probability of the right candidates. Usually a row has a single right
+    candidate. For a row, the derivative in factor m is the mean of logits_m under p, minus the mean
+    under p restricted to the right candidates. The result is on the CPU.
     """
     z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     is_right = batch.right.to(z.device)
@@ -229,6 +229,7 @@ def best_calibrated_log_multiplier(train: Rows, n_rows: int, device: torch.devic
     grid = points.tolist()
     errors = calibration_errors(train, n_rows, device, grid)
     best_index = errors.index(min(errors))
+    # search between the two grid neighbours of the best value
     low = grid[max(best_index - 1, 0)]
     high = grid[min(best_index + 1, N_GRID_VALUES - 1)]
     refined_point, refined_error = golden_section_search(error_at, low, high)
@@ -245,16 +246,16 @@ def calibration_errors(
     The error sums |failure count - sum of u| / n over the bins. The bins are intervals of the
     uncertainty u, closed on the right, as in ``vilu.metrics.ece``.
     """
-    edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
-    # for every log m and every bin: failure count - sum of u
+    inner_edges = torch.arange(1, N_BINS, dtype=torch.float64) / N_BINS
+    # for every log m (row) and every bin (column): failure count - sum of u
     gaps = torch.zeros(len(log_multipliers), N_BINS, dtype=torch.float64)
     for batch in train.batches(SCORING_BATCH):
         device_batch = batch.to(device)
         failure = device_batch.failure.cpu()
-        for gap_of_bin, log_multiplier in zip(gaps, log_multipliers, strict=True):
+        for gaps_of_bins, log_multiplier in zip(gaps, log_multipliers, strict=True):
             u = tempered_uncertainty(device_batch, log_multiplier).cpu()
-            bin_of_row = torch.bucketize(u, edges)
-            gap_of_bin.index_add_(0, bin_of_row, failure - u)  # a view: this changes ``gaps``
+            bin_of_row = torch.bucketize(u, inner_edges)
+            gaps_of_bins.index_add_(0, bin_of_row, failure - u)  # a view: this changes ``gaps``
     total_gaps = gaps.abs().sum(dim=1)
     errors: list[float] = (total_gaps / n_rows).tolist()
     return errors
@@ -290,16 +291,16 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 class WithSecondModel(FailurePredictor):
-    """A method that may use embeddings from a second model, beside the VLM's embeddings.
+    """A method that may use embeddings from a second model, in addition to the VLM's embeddings.
 
     The second model's embedding space is saved with the fit. In scoring, a second model with a
     different space is refused.
     """
 
     def second_notes(self, source: EmbeddingSource, columns: Sequence[str]) -> dict[str, Any]:
-        """Make notes with the second model's space. Empty if the scores do not use this model.
+        """Return the second model's embedding space as notes, or no notes if it is not used.
 
-        ``columns`` are the columns used by the scores.
+        The model is used if ``columns``, the columns used by the scores, have its embeddings.
         """
         if source.second is None or SECOND_MODEL_COLUMNS.isdisjoint(columns):
             return {}
@@ -307,7 +308,7 @@ class WithSecondModel(FailurePredictor):
 
     @property
     def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model in the fit. None if not known."""
+        """Embedding space of the second model in the fit. None if the notes have no such space."""
         if "second" not in self.notes_:
             return None
         return EmbeddingSpace(**self.notes_["second"])
@@ -333,12 +334,12 @@ class Duo(WithSecondModel):
     """Asymmetric duo of two models: u = 1 - softmax(T_L l + T_S s)_a.
 
     l are the VLM's logits, and the VLM is usually the larger model. s are the second model's
-    logits. a is the judged answer. The VLM alone gives this answer. So the second model does not
-    change which answers are wrong. T_L and T_S are factors in [0, 100].
+    logits. T_L and T_S are factors in [0, 100]. a is the judged answer. The VLM alone gives this
+    answer, so the second model does not change which answers are wrong.
 
     T_L and T_S minimise the mean negative log-likelihood of the labels under
     softmax(T_L l + T_S s), by bounded L-BFGS from 1/2 and 1/2. If all candidates are different
-    answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``. So the labels
+    answers, the loss is convex in T_L and T_S. With T_S = 0 the duo is ``mcm_ts``, so the labels
     decide how much the second model counts. Rows are read in batches, so memory does not grow with
     the row count.
 
@@ -361,7 +362,8 @@ class Duo(WithSecondModel):
         >>> image = np.tile([1.0, 0.0], (40, 1))  # 40 equal images, whose answer is class 0
         >>> text = np.eye(2)
         >>> target = np.array([0, 0, 0, 1] * 10)  # every fourth answer is wrong
-        >>> second = {"second_image": text[target], "second_text": text}  # it is always right
+        >>> # the second model is right for every image
+        >>> second = {"second_image": text[target], "second_text": text}
         >>> data = vilu.Embeddings(image, text, target=target, columns=second)
         >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
         array([0., 0., 0., 1.])
@@ -377,7 +379,7 @@ class Duo(WithSecondModel):
     )
     columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
     is_probability: ClassVar[bool] = True
-    _forms: ClassVar[str] = "multipliers:d2"  # T_L and T_S, see ``require_forms``
+    _forms: ClassVar[str] = "multipliers:d2"  # two float64 numbers, T_L and T_S
 
     device: str = "auto"
 
@@ -431,6 +433,9 @@ def best_multipliers(train: Rows, n_rows: int, device: torch.device) -> list[flo
 
 
 def duo_loss_and_derivatives(batch: Batch, multipliers: Sequence[float]) -> Tensor:
-    """Compute ``pooled_loss_and_derivatives`` (3,) for two models, with the factors T_L and T_S."""
+    """Compute ``pooled_loss_and_derivatives`` (3,) for two models.
+
+    ``multipliers`` are the factors T_L and T_S.
+    """
     logits = two_logits(batch)
     return pooled_loss_and_derivatives(batch, logits, multipliers)

@@ -37,7 +37,7 @@ class MCM(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # image 0 is text 0, image 1 is orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> vilu.MCM().predict_uncertainty(data).round(2)  # 1 - 1/2 and 1 - 1/3
@@ -68,7 +68,7 @@ class Entropy(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # image 0 is text 0, image 1 is orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> vilu.Entropy().predict_uncertainty(data).round(2)  # 1.5 bits / log2(3), and 1
@@ -94,17 +94,17 @@ class Doctor(FailurePredictor):
     Let e_j = p_j / max_i p_i, s = sum e_j and q = sum e_j^2. Both sums are over all candidates
     except the likeliest candidate. Then
 
-        u = (s (2 + s) - q) / (1 + q)
+        u = (s * (2 + s) - q) / (1 + q)
 
-    The difference s (2 + s) - q loses no digits, because q <= s. The paper also perturbs the input.
-    This step is left out, because the embeddings are fixed.
+    The difference s * (2 + s) - q loses no digits, because q <= s. The paper also perturbs the
+    input. This step is left out, because the embeddings are fixed.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
 
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # image 0 is text 0, image 1 is orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> vilu.Doctor().predict_uncertainty(data).round(2)  # g is 3/8 and 1/3
@@ -122,12 +122,13 @@ class Doctor(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.rivals
         odds = rivals.odds  # s
-        # e_j = largest_ratio * weight_j. The largest weight is 1, so this ratio is max_j e_j.
+        # With the two largest logits l and l', logit_gap is l' - l, and weight_j is exp(l_j - l').
+        # So largest_ratio is the largest e_j, and e_j = largest_ratio * weight_j.
         largest_ratio = rivals.logit_gap.exp()
         squared_ratio = largest_ratio.square()
-        sum_of_squares = rivals.weight.square().sum(dim=1)
-        squares = squared_ratio * float64(sum_of_squares)  # q
-        return (odds * (2 + odds) - squares) / (1 + squares)
+        squared_weights = rivals.weight.square().sum(dim=1)
+        sum_of_squares = squared_ratio * float64(squared_weights)  # q
+        return (odds * (2 + odds) - sum_of_squares) / (1 + sum_of_squares)
 
 
 @dataclass
@@ -197,15 +198,15 @@ class ProbMargin(FailurePredictor):
     candidates. For the zero-shot answer, u is in [0, 1]. For a given answer, p_(2) may exceed
     p_(1), and u is in [0, 2].
 
-    For confident rows all gaps round to one. The values of u still differ, because u is computed as
-    (1 - p_(1)) + p_(2).
+    For confident rows, the gap p_(1) - p_(2) rounds to one. The values of u still differ, because u
+    is computed as (1 - p_(1)) + p_(2).
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
 
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # image 0 is text 0, image 1 is orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["prob_margin"]()
@@ -222,7 +223,8 @@ class ProbMargin(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = batch.judged_rivals
-        # with ratio = p_(2) / p_(1): 1 - p_(1) = odds / (1 + odds), and p_(2) = ratio / (1 + odds)
+        # ratio = p_(2) / p_(1) and odds = (1 - p_(1)) / p_(1). Therefore p_(1) = 1 / (1 + odds),
+        # 1 - p_(1) = odds / (1 + odds) and p_(2) = ratio / (1 + odds).
         return (rivals.ratio + rivals.odds) / (1 + rivals.odds)
 
 
@@ -260,7 +262,7 @@ class Energy(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         rivals = RivalWeights.from_logits(batch.logits, temperature=self.temperature)
-        # sum_j exp(l_j / T) = exp(answer_logit / T) (1 + odds)
+        # sum_j exp(l_j / T) = exp(answer_logit / T) * (1 + odds)
         return -(float64(rivals.answer_logit) + self.temperature * torch.log1p(rivals.odds))
 
 
@@ -281,7 +283,7 @@ class GEN(FailurePredictor):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(4)[:3]
-        >>> image = np.eye(4)[[0, 3]]  # the first is text 0, the second orthogonal to all texts
+        >>> image = np.eye(4)[[0, 3]]  # image 0 is text 0, image 1 is orthogonal to all texts
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(2))
         >>> # p is 1/2, 1/4, 1/4 for the first image, and 1/3, 1/3, 1/3 for the second
         >>> method = vilu.PREDICTORS["gen"](gamma=0.5)
@@ -347,23 +349,26 @@ class KLUniform(FailurePredictor):
 def entropy(batch: Batch) -> Tensor:
     """Compute the zero-shot posterior's entropy (B,) float64 in nats, without cancellation.
 
-    The entropy is log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j. l is the largest logit,
-    and e_j = exp(l_j - l). The sums are over all candidates except the likeliest candidate. No term
-    is negative, so there is no cancellation.
+    Let l be the largest logit, e_j = exp(l_j - l) and Z = 1 + sum_j e_j. The entropy is
+    log Z + sum_j e_j * (l - l_j) / Z. The sums are over all candidates except the likeliest
+    candidate. No term is negative, so there is no cancellation.
     """
     rivals = batch.rivals
     odds = rivals.odds  # sum_j e_j
-    # With the second-largest logit l', logit_gap = l' - l and weight_j = exp(l_j - l'). Therefore
-    # e_j = exp(logit_gap) weight_j and l_j - l = (l_j - l') + logit_gap. below_second is sum_j
-    # weight_j (l_j - l').
+    # Let l' be the second-largest logit. Then logit_gap is l' - l, and weight_j is exp(l_j - l').
+    # Therefore e_j = exp(logit_gap) * weight_j, and l_j - l = (l_j - l') + logit_gap. below_second
+    # sums weight_j * (l_j - l').
     below_second = (rivals.logits - rivals.max_rival_logit).mul_(rivals.weight).sum(dim=1)
     logit_gap = rivals.logit_gap
-    total = logit_gap.exp() * float64(below_second) + logit_gap * odds  # sum_j e_j (l_j - l)
+    total = logit_gap.exp() * float64(below_second) + logit_gap * odds  # sum_j e_j * (l_j - l)
     return torch.log1p(odds) - total / (1 + odds)
 
 
 def log_n_candidates(batch: Batch) -> Tensor:
-    """Return log K as a tensor () float64, for exported graphs with any K."""
+    """Return log K as a float64 tensor of shape ().
+
+    Tensor operations count the candidates, so that an exported graph works for any K.
+    """
     one_per_candidate = batch.text.new_ones(batch.text.shape[-2])
     n_candidates = float64(one_per_candidate).sum()
     return n_candidates.log()

@@ -84,7 +84,7 @@ class CalibrationLike(Protocol):
         uncertainty: Floats,
         class_names: tuple[str, ...] | None,
     ) -> list[str] | None:
-        """Return the label sets for a batch, one per row, or None without label sets."""
+        """Return a batch's label sets, one per row. Return None if there are no label sets."""
 
     def decide(self, outcomes: Outcomes, ood: NDArray[np.bool_] | None) -> Outcomes:
         """Return the outcomes with a decision for every row.
@@ -206,7 +206,7 @@ def score_unseen(
 ) -> Outcomes:
     """Score only the rows in the mask ``is_unseen`` (N,), which were not used in the fit.
 
-    The image-caption pools still consist of all rows.
+    Image-caption pools are made from all rows, as if all rows were scored.
     """
     _check_data(predictor, data, None)
     origin_fields = _origin_fields(
@@ -227,7 +227,7 @@ def score_rows(
     scored_rows: Tensor | None = None,
     task: Task | None = None,
 ) -> Outcomes:
-    """Return the outcomes for some rows, from one pass over the rows to score.
+    """Return the outcomes for some rows. The rows to score are read in one pass.
 
     Args:
         predictor: The predictor.
@@ -259,8 +259,8 @@ def score_rows(
                     columns.fill_label_sets(positions, label_sets)
             progress.advance(len(positions))
     reasons = _reasons_for_no_score(source, indices, columns.uncertainty, columns.has_one_candidate)
-    # All rows together always have a reason column. A part has this column only if some row in the
-    # part lacks a score.
+    # The outcomes of all rows always have a reason column. The outcomes of some rows (``rows``)
+    # have it only if one of them lacks a score.
     has_reasons = rows is None or any(reasons)
     zero_shot = None
     if predictor.answer != "zero_shot":
@@ -290,13 +290,13 @@ def score_rows(
 
 
 def _with_columns_of_source(outcomes: Outcomes, source: EmbeddingSource, indices: Ints) -> Outcomes:
-    """Return the outcomes with the answers and clusters of the source, such as a table.
+    """Return the outcomes with the answers and clusters that a source, such as a table, brings.
 
     ``indices`` (M,) are the row indices in the source.
     """
     if source.data_kind == "answers":
-        # A table has only two candidates, "this answer" and "another answer". These candidates say
-        # nothing beyond the failures.
+        # A table has only two candidates, "this answer" and "another answer". Which of them is
+        # predicted or right says nothing beyond the failures.
         outcomes = replace(outcomes, prediction=None, zero_shot=None, target=None)
     if source.answer_numbers is not None:
         outcomes = replace(outcomes, prediction=source.answer_numbers[indices])
@@ -339,7 +339,7 @@ class _OutcomeColumns:
 
     def fill(self, positions: Ints, batch: Batch, scores: Floats) -> None:
         """Write a batch's scores (B,) and answers to the ``positions`` (B,) in the columns."""
-        n_candidates = batch.text.shape[-2]
+        n_candidates = batch.text.shape[-2]  # text is (K, D)
         self.uncertainty[positions] = scores
         self.target[positions] = batch.target.numpy(force=True)
         self.prediction[positions] = batch.prediction.numpy(force=True)
@@ -436,7 +436,7 @@ def provenance_of(calibration: CalibrationLike | None) -> dict[str, str]:
 
 
 def _warn_seen(overlap_text: str, predictor: FailurePredictor, n_seen: int) -> None:
-    """Warn if ``n_seen`` rows were used in the fit. ``overlap_text`` is like "5 of 100 rows"."""
+    """Warn if rows were used in the fit. ``overlap_text`` says how many, as "5 of 100 rows"."""
     if n_seen:
         warn_caller(f"{overlap_text} were used to fit this {predictor.name}.")
 
@@ -512,11 +512,11 @@ def score_parts(
     2. The counts of correct and wrong answers, for evaluating the whole folder.
     3. A receipt. The receipt is written last.
 
-    If a run is interrupted, the next run makes the missing parts. The files in the folder are then
-    the same as without an interruption.
+    If a run is interrupted, the next run makes the missing parts. Then the files in the folder are
+    the same as without the interruption.
 
-    Rows are in scoring order, ``source.usable_rows``. Unscored rows come after these rows, in
-    separate parts, with the same reasons as in ``vilu.score``.
+    Rows are in scoring order, which is the order in ``source.usable_rows``. Unscored rows come
+    after them, in separate parts, with the same reasons as in ``vilu.score``.
 
     Args:
         predictor: The predictor, or a ``vilu.Selective``, which also decides.
@@ -615,7 +615,7 @@ def _score_missing_parts(
         for part in missing_parts:
             scored_rows = all_scored_rows[part.start : part.stop]
             rows = scored_rows.numpy()
-            if not len(scored_rows):  # rows without a score come after all rows to score
+            if not len(scored_rows):  # this part begins after all rows to score
                 rows = all_unscored_rows[part.start - n_scored : part.stop - n_scored]
             outcomes = score_rows(
                 predictor,
@@ -628,7 +628,7 @@ def _score_missing_parts(
             )
             n_seen = int(is_seen[rows].sum())  # rows used in the fit
             ledger.write_part(part, rows, outcomes, n_seen)
-            # ``score_rows`` has reported the scored rows
+            # ``score_rows`` has already reported the scored rows to the progress bar
             task.advance(len(part) - len(scored_rows))
 
 
@@ -636,7 +636,7 @@ def _open_and_warn(folder: Path, predictor: FailurePredictor, n_rows: int) -> Sc
     """Open a complete score folder, and warn if some rows in the folder were used in the fit."""
     scores = ScoreFolder(folder)
     n_seen = scores.counts.n_seen
-    # whether all rows used in the fit can be recognised, so that the number is exact
+    # If all rows used in the fit can be recognised, the number is exact. Else it is "at least".
     is_complete = all(sketch.is_complete for sketch in predictor.seen_.values())
     count = count_in_words(n_seen, n_rows, "rows", is_complete=is_complete)
     _warn_seen(count, predictor, n_seen)
@@ -658,7 +658,7 @@ def _scored_and_unscored(source: EmbeddingSource) -> tuple[Tensor, Ints]:
     Both results are row indices in the source.
     """
     scored_rows = source.usable_rows
-    if source.pool_size:
+    if source.pool_size:  # a last pool that is not full gets no scores
         n_pools = len(scored_rows) // source.pool_size
         scored_rows = scored_rows[: n_pools * source.pool_size]
     is_unscored = np.ones(len(source), dtype=np.bool_)
@@ -684,8 +684,8 @@ def source_fingerprint(source: EmbeddingSource) -> str:
 
     Only a sample of the embeddings is hashed, because a hash over all embeddings would need a
     second pass over the data. The sample is 256 rows, evenly spaced over the usable rows. The hash
-    also covers the candidates for the first usable row or pool, and the identifiers of the first
-    and the last sampled row.
+    also covers the candidates for the first usable row (for pairs, the first pool), and the
+    identifiers of the first and the last sampled row.
     """
     rows = source.usable_rows
     stored_source = source.first if isinstance(source, TwoModels) else source

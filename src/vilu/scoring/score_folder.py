@@ -104,7 +104,7 @@ class ScoreRun(ScoreDocument):
 
 
 class ScorePart(FrozenModel):
-    """Part of a folder: the rows ``start`` to ``stop - 1`` in scoring order."""
+    """Part of a folder: the rows ``start`` to ``stop - 1``, in the order of ``ScoreRun.parts``."""
 
     number: Count
     start: Count
@@ -350,7 +350,8 @@ def _parse_histogram(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -
         has_right_ends = ends is None
     else:
         has_right_ends = _are_two_numbers(ends)
-    has_right_level = isinstance(level, int) and 0 <= level < 64
+    n_bits_of_code = 64  # a level drops the lowest bits of a code
+    has_right_level = isinstance(level, int) and 0 <= level < n_bits_of_code
     if not (has_right_level and has_right_ends):
         raise _damaged_error(path, f"its level is {level!r} and its ends are {ends!r}")
     low, high = ends or (math.inf, -math.inf)  # as in ``Histogram.empty``
@@ -388,14 +389,14 @@ def _has_valid_bins(histogram: Histogram) -> bool:
     if is_negative.any() or is_empty.any():
         return False
     ends = np.array([histogram.low, histogram.high])
-    # a bin is a code without the lowest bits
+    # a bin is a score's code without the ``level`` lowest bits
     bins_of_ends = codes_of_scores(ends) >> histogram.level
     first_and_last_bin = bins[[0, -1]]
     return np.array_equal(bins_of_ends, first_and_last_bin)
 
 
 def _damaged_error(path: Path, fault: str) -> StorageError:
-    """Return the error for a file without a valid histogram. ``fault`` is the reason, a clause."""
+    """Return the error for a file without a valid histogram. ``fault`` says what is wrong."""
     return StorageError(f"{path} is no histogram: {fault}. {RERUN_ADVICE} into a new folder.")
 
 
@@ -405,7 +406,7 @@ class EvaluableRows(NamedTuple):
     uncertainty: Floats
     failure: Ints
     is_ood: NDArray[np.bool_]  # whether the row is outside all classes
-    # identity of each row's cluster, or else of its picture. None: the identities are not known
+    # (N,) number of each row's cluster, or of its picture without clusters. None if not known
     identity: Ints | None
     has_clusters: bool  # whether the identities are of clusters
     failure_probability: Floats | None  # calibrated probability, None without a calibration
@@ -419,7 +420,7 @@ class EvaluableRows(NamedTuple):
 
 
 IDENTITIES_PER_PASS = 2**23
-"""Approximate number of identities compared at once. Twice 8 bytes each, or 134 MB."""
+"""Approximate number of identities compared at once. At 16 bytes each, these take 134 MB."""
 
 
 class ScoreFolder(PickledByPath):
@@ -485,9 +486,9 @@ class ScoreFolder(PickledByPath):
         """Two histograms: for all evaluable rows, and for the rows outside all classes."""
         total_ood = Histogram.empty()
 
-        # A generator, so that memory never holds all histograms at once. For each part, the
-        # generator yields the histogram for all rows, and adds the histogram for the rows outside
-        # all classes to ``total_ood``.
+        # A generator, so that memory never holds all histograms at once. Each part has two. The
+        # generator yields the histogram for all rows, and adds the other histogram to
+        # ``total_ood``.
         def histograms() -> Iterator[Histogram]:
             nonlocal total_ood
             for receipt in self._receipts:
@@ -501,9 +502,9 @@ class ScoreFolder(PickledByPath):
     def tally(self) -> Tally:
         """Return the counts for ``vilu.evaluate``, from histograms or from rows.
 
-        The identities of clusters or pictures are compared, about ``IDENTITIES_PER_PASS`` at a
-        time. If two rows have the same identity, the counts come from all rows. Then all rows are
-        read into memory, about 41 bytes per row.
+        If two rows have the same cluster, or else the same picture, the counts come from all rows.
+        Then all rows are read into memory, about 41 bytes per row. To find out, the identities are
+        compared, about ``IDENTITIES_PER_PASS`` at a time.
         """
         if self._has_repeated_identities():
             return self._tally_of_rows()
@@ -547,14 +548,14 @@ class ScoreFolder(PickledByPath):
         """Return whether two evaluable rows are of the same cluster, or show the same picture."""
         n_passes = math.ceil(self.counts.n_scored / IDENTITIES_PER_PASS)
         for remainder in range(n_passes):
-            # A pass compares the identities with one remainder on division by the pass count. Equal
-            # identities have equal remainders, so a single pass compares all equal identities.
+            # Each pass compares the identities with one remainder, after a division by the number
+            # of passes. Equal identities have equal remainders, so they meet in the same pass.
             if has_repeated_picture(self._identities_with_remainder(remainder, n_passes)):
                 return True
         return False
 
     def _identities_with_remainder(self, remainder: int, divisor: int) -> Ints:
-        """Return the identities of the evaluable rows that have a remainder on division."""
+        """Return the evaluable rows' identities with this remainder after division."""
         identities = [np.empty(0, np.int64)]  # so that there is an array if no part has identities
         for rows in self._evaluable_rows_of_parts():
             if rows.identity is not None:
@@ -585,8 +586,8 @@ class ScoreFolder(PickledByPath):
             n_unusable=self.counts.n_unscored,
             n_seen_in_fit=self.counts.n_seen,
             has_clusters=has_clusters,
-            # If rows have clusters, the tally's sample consists of clusters. Other tallies' samples
-            # consist of pictures, so the two could not be compared.
+            # With clusters, this sample consists of clusters and not of pictures. So it could not
+            # be compared with the samples in other tallies.
             sample=None if has_clusters else tally.sample,
         )
 
@@ -631,8 +632,8 @@ class ScoreFolder(PickledByPath):
                 f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. "
                 f"{RERUN_ADVICE}."
             )
-        # ``vilu.score`` always returns reasons, so reasons are returned even if no part has the
-        # column
+        # ``vilu.score`` always returns a column of reasons, so this column is made even if no part
+        # has it
         optional_columns: dict[str, Any] = {"reason": [None] * len(order)}
         for name, type_name in OPTIONAL_COLUMNS.items():
             column = _join_column(parts, name, type_name, order)

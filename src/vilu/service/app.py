@@ -191,7 +191,7 @@ class Service:
         )
 
     def _add_refusals(self) -> None:
-        """Register the answer to every exception type."""
+        """Register the answers to requests that raise an exception."""
         self.api.add_exception_handler(Refused, _refusal_response)
         self.api.add_exception_handler(HTTPException, _unknown_route_response)
         self.api.add_exception_handler(ClientDisconnect, _disconnect_response)
@@ -246,7 +246,7 @@ class Service:
 
         Args:
             request: The request.
-            futures: The judgements about the images or rows, now made by the engine.
+            futures: Futures for the judgements, which the engine is making now.
             images: The encoded images. They are kept if the service has a folder for images.
         """
         judgements = await self._wait_for_judgements(futures)
@@ -263,7 +263,7 @@ class Service:
         except StorageError:  # the rows are not written, so the images must not be kept
             await asyncio.to_thread(_remove_files, new_files)
             raise
-        request.scope["state"]["images"] = len(replies)
+        request.scope["state"]["images"] = len(replies)  # for the gate's log
         self.measures.count_answers(reply.answer for reply in replies)
         # A request's rows are written together, so all replies have the same guarantee.
         guarantee = replies[0].guarantee
@@ -438,7 +438,7 @@ class Service:
 
 
 def _answer_body(reply: PredictorReply) -> AnswerOut:
-    """Return a reply as the body for the client's answer."""
+    """Return a reply in the form that is sent to the client."""
     answer = reply.answer
     runners_up = [
         RunnerUpOut(label=label, probability=probability)
@@ -465,13 +465,13 @@ def _write_images(
     """Write images to files named by the row ids. Skip undecodable images.
 
     Returns:
-        The new files. If a request is repeated, the files exist already.
+        The files that did not exist before. A repeated request finds its files written already.
     """
     new_files: list[Path] = []
     try:
         for content, judgement in zip(images, judgements, strict=True):
-            could_be_decoded = bool(judgement.scores)
-            if not could_be_decoded:
+            was_decoded = bool(judgement.scores)
+            if not was_decoded:
                 continue
             suffix = (detect_format(content) or "bin").lower()
             path = folder / f"{judgement.row_id}.{suffix}"

@@ -125,7 +125,7 @@ class CorrectionsIn(BaseModel):
 
 
 BODIES_WITH_TEXTS: Final[frozenset[type[BaseModel]]] = frozenset({RowsIn, LabelsIn, CorrectionsIn})
-"""Models for bodies with texts from the client, which may have commas."""
+"""Models for bodies with texts from the client. Such texts may contain commas."""
 
 
 class ChoiceIn(BaseModel):
@@ -196,10 +196,10 @@ def content_type(request: Request) -> str:
 
 
 def count_values(content: bytes) -> int:
-    """Return an upper bound on the number of values in a JSON document: its comma count plus one.
+    """Count the commas in a JSON document, plus one. The document has at most as many values.
 
     Every value but the last is followed by a comma. The document is not parsed, so commas within
-    texts are counted too.
+    texts are counted, too.
     """
     return content.count(b",") + 1
 
@@ -207,10 +207,11 @@ def count_values(content: bytes) -> int:
 def count_values_outside_texts(content: bytes, limit: int) -> int:
     """Count the values in a JSON document. Unlike ``count_values``, leave out commas in texts.
 
-    ``limit`` labels have at most 2 * ``limit`` + 2 texts. A document with more texts will be
-    refused in any case. So half the number of its texts is returned, because counting texts is
-    faster.
+    A document with ``limit`` labels has at most 2 * ``limit`` + 2 texts. If there are more texts,
+    the document has too many values. Then half the number of texts is returned. This number is
+    above ``limit``, too, and is found faster.
     """
+    # without escaped characters, every quote begins or ends a text
     unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
     n_texts = unescaped.count(b'"') // 2
     # A label and a row id are two texts. The two field names in a correction are texts, too.
@@ -228,7 +229,7 @@ async def read_json(request: Request, body_model: type[Body], *, limit: int, nou
         request: The request.
         body_model: Model for the body.
         limit: Maximum number of values in the body.
-        noun: The noun for these values in a refusal, in the plural.
+        noun: What a refusal calls these values, in the plural, such as "labels".
 
     Raises:
         Refused: 415 for a different content type, 413 for too many values, 422 for invalid content,
@@ -266,9 +267,9 @@ def _parse(content: bytes, body_model: type[Body]) -> Body:
 
 
 def _require_distinct_names(content: bytes) -> None:
-    """Refuse a valid JSON document if a name, such as a row's, occurs twice in an object.
+    """Refuse a valid JSON document if a name, such as a row id, occurs twice in an object.
 
-    Only the last of its values would be taken, so a label or a number would be lost.
+    Only the last value under this name would be taken, so a label or a number would be lost.
     """
 
     def check_object(pairs: list[tuple[str, Any]]) -> None:
@@ -320,6 +321,7 @@ class InMemoryParser(MultiPartParser):
 
 async def _read_form(request: Request) -> list[bytes]:
     """Read the files of a form. The field names do not matter."""
+    # the service's own limit on the number of images is checked by ``read_images``
     parser = InMemoryParser(request.headers, request.stream(), max_files=10_000, max_fields=100)
     files: list[UploadFile] = []
     try:

@@ -33,6 +33,7 @@ from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.predictors.persistence.files import SavedModel
 from vilu.service.journals import (
+    FINGERPRINT_LENGTH,
     PREDICTOR_NAMES,
     GuaranteeState,
     Journals,
@@ -55,8 +56,8 @@ class PredictorReply:
     Attributes:
         row_id: Id of the row.
         answer: The answer.
-        fingerprint: The answering predictor's fingerprint.
-        guarantee: State of the guarantee from this predictor.
+        fingerprint: Fingerprint of the predictor that gave the answer.
+        guarantee: State of this predictor's guarantee.
     """
 
     row_id: str
@@ -66,7 +67,7 @@ class PredictorReply:
 
 
 class Score(NamedTuple):
-    """The judgement's part that a journal stores."""
+    """The part of a judgement that a journal stores."""
 
     answer: int  # index of the answer
     uncertainty: float
@@ -117,7 +118,7 @@ class ServedPredictor:
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self.fingerprint = fit_fingerprint(guard.folder)[:16]
+        self.fingerprint = fit_fingerprint(guard.folder)[:FINGERPRINT_LENGTH]
         calibration = guard.calibration
         self.rule = None if calibration is None else calibration.rule
         self.guarantee_text = None if calibration is None else calibration.guarantee_text
@@ -142,16 +143,16 @@ class Engine:
     """A model, one or two predictors, and the waiting images.
 
     1. A pool of threads decodes images on arrival.
-    2. A single thread runs the model on all images decoded so far, at most ``guard.batch_size``. So
-       batches grow with the load, and no image waits for a batch to fill.
-    3. A second thread writes rows to the journals. A request's rows are written as soon as all of
-       them are judged. So an abandoned request leaves no rows. Requests that are ready at the same
-       time are written together.
+    2. A single thread runs the model on the images decoded so far, at most ``guard.batch_size`` at
+       once. So batches grow with the load, and no image waits for a batch to fill.
+    3. Another thread writes rows to the journals. A request's rows are written together, after all
+       of them are judged. So an abandoned request leaves no rows. Requests that are ready at the
+       same time are written together, too.
 
     Args:
         guard: The model with the first predictor.
         journals: Journals for all predictors, with the choice of the answering predictor.
-        second: Folder with a second predictor for the same embeddings, or a ``vilu.Selective``.
+        second: A second predictor for the same embeddings, as its folder or a ``vilu.Selective``.
 
     Raises:
         UsageError: If the second predictor needs other arrays or another number format than the
@@ -218,7 +219,8 @@ class Engine:
         """Check a client's rows, and convert them to arrays like the model's arrays.
 
         Args:
-            columns: The rows under the key "embeddings", and features or None under "features".
+            columns: The rows' embeddings under the key "embeddings". Under "features", the rows'
+                features or None.
 
         Returns:
             The arrays, in the store's number format. Embeddings are scaled to unit norm.
@@ -281,8 +283,8 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - raised where the judgement is awaited
             future.set_exception(error)
             return
-        # The decoder returns None only for a mark at the end of a record series. The service never
-        # sends this mark.
+        # The decoder returns None only for a mark that ends a series of records. The service never
+        # passes this mark to the decoder.
         assert decoded_image is not None  # noqa: S101
         with self._lock:
             waiting_image = WaitingImage(row_id, position, decoded_image, future)
@@ -319,6 +321,7 @@ class Engine:
         If ``judge`` raises an exception, the exception is set instead. A cancelled future stays
         cancelled. If all futures are cancelled, ``judge`` is not called.
         """
+        # ``set_running_or_notify_cancel`` returns False for a cancelled future
         are_awaited = [future.set_running_or_notify_cancel() for future in futures]
         if not any(are_awaited):
             return
@@ -337,12 +340,12 @@ class Engine:
                 future.set_result(result)
 
     def _judge_images(self, batch: Sequence[WaitingImage]) -> list[Judgement]:
-        """Return judgements about decoded images, in ``batch`` order. Bad images have no scores."""
+        """Return the images' judgements, in ``batch`` order. Unreadable images have no scores."""
         embedded = self.guard.model.embed([image.decoded_image for image in batch])
-        ids = {image.position: image.row_id for image in batch}
-        judgements: dict[int, Judgement] = {}
+        ids_by_position = {image.position: image.row_id for image in batch}
+        judgements: dict[int, Judgement] = {}  # by the image's position
         for error in embedded.errors:
-            row_id = ids[error.position]
+            row_id = ids_by_position[error.position]
             answers = {
                 name: answer_without_score(predictor.guard, row_id, error.kind)
                 for name, predictor in self.served_predictors.items()
@@ -350,7 +353,7 @@ class Engine:
             judgements[error.position] = Judgement(row_id, answers, scores={})
         positions = [row.position for row in embedded.metadata]
         if positions:
-            readable_ids = [ids[position] for position in positions]
+            readable_ids = [ids_by_position[position] for position in positions]
             new_judgements = self._judge_rows(join_arrays(embedded), readable_ids)
             judgements.update(zip(positions, new_judgements, strict=True))
         return [judgements[image.position] for image in batch]
@@ -383,8 +386,8 @@ class Engine:
     def _write_requests(self) -> None:
         """Write the rows for all unwritten requests, and set the replies.
 
-        This method is called once for every request. A call writes all ready requests, so the later
-        calls for these requests may find nothing to write.
+        This method is called once for every request. A call writes all requests that are ready, so
+        a later call may find nothing to write.
         """
         with self._lock:
             unwritten_requests = list(self._unwritten_requests)
@@ -435,8 +438,8 @@ class Engine:
     def close(self) -> None:
         """Finish all submitted work, then end the threads."""
         self._decoder_pool.shutdown(wait=True)
-        # The model thread may schedule its next work while it works. So wait until nothing is
-        # scheduled. The model thread does an empty job only after all earlier work.
+        # A model run may schedule the next run. So wait until no run is scheduled. The empty job
+        # ends only after all runs submitted before it.
         while self._is_scheduled:
             empty_job = self._model_thread.submit(lambda: None)
             empty_job.result()
@@ -448,7 +451,7 @@ def _picture_bytes(content: bytes, decoded_image: PreparedImage | ErrorRow | Non
     """Return the bytes that equal pictures share: the pixels, or an undecodable image's content."""
     if not isinstance(decoded_image, PreparedImage):
         return content
-    # 16 bits tell the 256 levels of a photo's colours apart, and are hashed faster
+    # 16-bit numbers still tell a colour's 256 levels apart, and are hashed faster than 32-bit ones
     half_pixels = decoded_image.pixels.half()
     return half_pixels.numpy().tobytes()
 

@@ -77,21 +77,24 @@ class Journal:
         self._save_thread = ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
         # the latest save. At first it is a call without effect.
         self._latest_save: Future[None] = self._save_thread.submit(lambda: None)
-        self._last_seen_row = self.monitor.rows  # number of the last row taken in by the monitor
+        # Number of the last row offered to the monitor. After a restart the true number may be
+        # higher, because ``monitor.rows`` counts equal pictures once. Then the monitor is offered
+        # some rows again, and leaves them out.
+        self._last_seen_row = self.monitor.rows
         self._n_rows_saved = self.monitor.rows
         self.is_writable = True  # whether the last write succeeded
         with ExitStack() as on_failure:
             on_failure.callback(self.close_without_saving)
             self._compare_row_counts()
             self._take_in_all()
-            on_failure.pop_all()
+            on_failure.pop_all()  # success: keep the row file open
         self.status = self.monitor.status
 
     def _take_in_all(self) -> None:
-        """Let the monitor take in all new rows and labels."""
+        """Let the monitor take in all rows and labels that it has not taken in yet."""
         with warnings.catch_warnings():
-            # Some of these rows and labels may be in the monitor's saved state already. So the
-            # monitor's warnings about repeated rows are not needed.
+            # The monitor leaves out rows and labels that are in its saved state already. Its
+            # warnings about such repeated rows would say nothing new.
             warnings.simplefilter("ignore")
             self._take_in_rows()
             self._take_in_labels(after=0)
@@ -168,7 +171,7 @@ class Journal:
         return LabelCounts(len(new_labels), unknown_row_ids)
 
     def labels_of(self, row_ids: Iterable[str]) -> dict[str, str]:
-        """Map each row id with a label to the present label. Other row ids are left out."""
+        """Return the present label for each row id that has a label. Leave out other row ids."""
         label_of_code = {code: label for label, code in self._code_of_label.items()}
         labels: dict[str, str] = {}
         with self._lock:
@@ -185,11 +188,11 @@ class Journal:
         unknown_labels = sorted(set(labels) - known_labels.keys())
         if not unknown_labels:
             return
-        first_labels = f"{', '.join(unknown_labels[:5])!r:.200}"
+        first_labels = ", ".join(unknown_labels[:5])
         fault = f"neither a class nor {OUTSIDE_NAME}"
         if known_labels is CODE_OF_TABLE_LABEL:
             fault = "neither 1 (right) nor 0 (wrong)"
-        raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels}.")
+        raise DataError(f"{len(unknown_labels)} labels are {fault}: {first_labels!r:.200}.")
 
     def correct(self, labels: Mapping[str, str]) -> None:
         """Replace the labels of labelled rows. The file keeps the replaced labels, too.
@@ -223,7 +226,7 @@ class Journal:
 
     @property
     def _code_of_label(self) -> dict[str, int]:
-        """The code for every label allowed for clients."""
+        """Maps every label that clients may send to its code."""
         calibration = self.monitor.calibration
         if calibration.class_names is None:
             return CODE_OF_TABLE_LABEL
@@ -270,7 +273,7 @@ class Journal:
             self._save_in_background()
 
     def _save_in_background(self) -> None:
-        """Save a copy of the monitor in the save thread, so answers do not wait for the save."""
+        """Save a copy of the monitor in another thread, so that answers do not wait for it."""
         self._n_rows_saved = self.monitor.rows
         monitor_copy = _copy_of(self.monitor)
         previous_save = self._latest_save
@@ -282,8 +285,8 @@ class Journal:
     def _save_monitor(self, monitor: Monitor) -> None:
         """Write the monitor's state.
 
-        A failed save is logged and not raised: the rows are on disk, so a restart can read the
-        rows again.
+        A failed save is logged and not raised: the rows are on disk, so the next start can read
+        them again.
         """
         try:
             monitor.save(self.folder / STATE_FILE)
@@ -316,7 +319,7 @@ class Journal:
         return _copy_of(self._unused_monitor)
 
     def _compare_row_counts(self) -> None:
-        """Give new rows numbers after all rows seen by the monitor. Warn if rows are missing."""
+        """Begin new row numbers after the rows seen by the monitor. Warn if rows are missing."""
         n_seen = self.monitor.rows
         n_stored = self._row_file.ends.row_number
         self._row_file.skip_numbers_to(n_seen)
@@ -337,12 +340,12 @@ class Journal:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last_seen_row = rows[-1].row_number
             rows = self._row_file.rows_after(self._last_seen_row)
-        # The last rows in the file may show pictures from earlier rows. ``rows_after`` leaves such
-        # rows out, and the monitor need not ask again.
+        # The last rows in the file may repeat earlier pictures, and ``rows_after`` leaves such rows
+        # out. Counting them as seen spares the next call from reading them again.
         self._last_seen_row = self._row_file.ends.row_number
 
     def _take_in_labels(self, *, after: int) -> None:
-        """Let the monitor take in the labels after number ``after``, in the order of arrival."""
+        """Let the monitor take in the labels with numbers above ``after``, in this order."""
         if self.monitor.error_audit is None:
             return
         rows = self._row_file.labels_after(after)
@@ -354,7 +357,7 @@ class Journal:
     def _outcomes(
         self, rows: Sequence[AnsweredRow | AuditedRow], labels: Sequence[int] | None = None
     ) -> Outcomes:
-        """Return rows as outcomes for the monitor. Without ``labels``, failures are ``UNKNOWN``."""
+        """Return rows as outcomes. Without ``labels``, all failures are ``UNKNOWN``."""
         calibration = self.monitor.calibration
         has_classes = calibration.class_names is not None
         answer = np.array([row.answer for row in rows], dtype=np.int64)

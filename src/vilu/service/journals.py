@@ -13,14 +13,17 @@ from vilu.errors import DataError
 PREDICTOR_NAMES: Final = ("first", "second")
 """Predictor names in a service: the main predictor, and an optional second predictor."""
 
+FINGERPRINT_LENGTH: Final = 16
+"""Number of characters kept from a fingerprint, in replies and in names of journals."""
+
 ScoreColumns = tuple[list[int], list[float]]
 """The answer indices and the uncertainties for some rows."""
 
 
 class LabelCounts(NamedTuple):
-    """Label counts for a client's labels, for one predictor's rows."""
+    """What became of a client's labels in one predictor's journal."""
 
-    n_new: int  # number of new labels, for rows without a label before
+    n_new: int  # number of rows that had no label before, and have one now
     unknown_row_ids: list[str]  # row ids from the client that are missing in the journal
 
 
@@ -33,14 +36,14 @@ class ContradictionError(DataError):
 
 
 def make_row_id(request_id: str, index: int, content: bytes, picture: bytes) -> str:
-    """Return a row id. A repeated request with the same images gives the same ids.
+    """Return a row id. If a request is sent again under the same id, its rows get the same ids.
 
     Args:
         request_id: Id of the request.
         index: The image's or row's index in the request.
-        content: The image or row, as its digest or bytes.
-        picture: Bytes that are equal for equal pictures, such as the pixels. The id ends with the
-            digest of ``picture``.
+        content: The bytes of the row, or the digest of the encoded image.
+        picture: Bytes that are equal for equal pictures, such as the pixels. The row id ends with
+            the digest of ``picture``.
     """
     content_in_request = f"{request_id}\n{index}\n".encode() + content
     return f"{_short_digest(content_in_request)}-{_short_digest(picture)}"
@@ -56,7 +59,7 @@ class ServiceState:
 
     Attributes:
         answering_name: Name of the answering predictor.
-        guarantees: Maps each predictor name to the guarantee's state.
+        guarantees: Maps each predictor name to the state of the predictor's guarantee.
         has_lost_journal: Whether a journal's file was removed or replaced.
         is_writable: Whether the last write to every journal succeeded.
     """
@@ -82,7 +85,8 @@ class Journals(Protocol):
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
         """Write labels, and count the labels for every predictor.
 
-        ``labels`` maps each row id to a label. The result maps each predictor name to counts.
+        ``labels`` maps each row id to a label. The result maps the name of each predictor with a
+        journal to the predictor's counts.
         """
 
     def correct(self, labels_before: Mapping[str, str], labels_after: Mapping[str, str]) -> int:
@@ -92,7 +96,7 @@ class Journals(Protocol):
         """
 
     def statuses(self) -> dict[str, Status]:
-        """Map the name of every predictor with a monitor to the monitor's status."""
+        """Return every monitor's status, by the name of its predictor."""
 
     def switch(self, name: str) -> ServiceState:
         """Let the predictor ``name`` answer from now on, and return the service's state."""

@@ -20,6 +20,8 @@ from typing import Any, Final, Literal, get_args
 from vilu.artifacts.documents import read_bounded
 from vilu.errors import UsageError
 
+# The types of ASGI, the interface between server and application. A Scope describes a connection
+# or request. It has nothing to do with a key's scopes.
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,7 +38,7 @@ PROBLEM_TYPE: Final = "application/problem+json"
 """Content type of a refusal (RFC 9457)."""
 
 REQUEST_ID_PATTERN: Final = re.compile(r"[!-~]{1,128}")
-"""Pattern for request ids from clients."""
+"""Pattern for request ids from clients: 1 to 128 visible ASCII characters."""
 
 MAX_DRAINED_BYTES: Final = 2**20
 """Maximum number of bytes to read from a refused body before the connection is closed."""
@@ -51,7 +53,7 @@ QUEUED_PATHS: Final = frozenset({IMAGES_PATH, "/v1/scores"})
 """Paths for requests with images or rows. Such requests count in the queue (``InProgress``)."""
 
 MAX_OTHER_REQUESTS: Final = 16
-"""Maximum number of requests in progress with labels, corrections, or a predictor choice."""
+"""Maximum number of requests in progress that have a body without images or rows."""
 
 TOTAL_BODY_FACTOR: Final = 4
 """Maximum total length of the bodies in progress, in multiples of the longest allowed body."""
@@ -131,7 +133,7 @@ class ClientLimits:
     def max_request_seconds(self) -> float:
         """Maximum seconds for a request with images or rows.
 
-        A service that has to stop waits as long.
+        A service that stops waits this long for the requests in progress.
         """
         return self.upload_seconds + self.answer_seconds + SENDING_SECONDS
 
@@ -146,7 +148,7 @@ def log_access() -> None:
     """Log every request as a JSON line to stderr. JSON escapes terminal control characters."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    access_logger.handlers[:] = [handler]
+    access_logger.handlers[:] = [handler]  # a second call must not log every request twice
     access_logger.propagate = False
     # This library logs characters of a form that cannot be read, and nothing that a client sends
     # may be logged.
@@ -160,13 +162,14 @@ def read_keys(path: Path) -> frozenset[ClientKey]:
         UsageError: If there is no key, if a key is too short, or if a scope is unknown.
     """
     max_bytes = 2**20
+    min_key_length = 16
     content = read_bounded(path, "Give a file of keys", UsageError, max_bytes)
     words_of_lines = [line.split() for line in content.splitlines() if line.strip()]
     key_lengths = [len(key) for key, *_ in words_of_lines]
-    if not key_lengths or min(key_lengths) < 16:
+    if not key_lengths or min(key_lengths) < min_key_length:
         raise UsageError(
-            f"{path} must hold one key on every line, each of at least 16 characters. Found "
-            f"{len(key_lengths)} keys."
+            f"{path} must hold one key on every line, each of at least {min_key_length} "
+            f"characters. Found {len(key_lengths)} keys."
         )
     return frozenset(_client_key(path, key, *scopes) for key, *scopes in words_of_lines)
 
@@ -178,7 +181,9 @@ def _client_key(path: Path, key: bytes, *scopes: bytes) -> ClientKey:
         return ClientKey(digest)
     scope_names = {scope.decode(errors="replace") for scope in scopes}
     if scope_names <= KEY_SCOPES:
-        return ClientKey(digest, frozenset(scope for scope in KEY_SCOPES if scope in scope_names))
+        # the same names, but from KEY_SCOPES, because a type checker knows those as KeyScope
+        scopes_of_key = frozenset(scope for scope in KEY_SCOPES if scope in scope_names)
+        return ClientKey(digest, scopes_of_key)
     unknown_names = ", ".join(sorted(scope_names - KEY_SCOPES))
     known_names = ", ".join(get_args(KeyScope))
     raise UsageError(
@@ -233,12 +238,12 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         request_id = _request_id(headers)
         scope["state"]["request_id"] = request_id
-        scope["state"]["images"] = 0
+        scope["state"]["images"] = 0  # the application sets the number of answered images
         start_time = time.perf_counter()
         answer_sender = _AnswerSender(send, request_id, self.is_closing)
         try:
             self._check_head(scope, headers)
-            with self._in_progress_with_body(scope, headers):
+            with self._count_while_in_progress(scope, headers):
                 deadline = asyncio.get_running_loop().time() + self.limits.upload_seconds
                 max_bytes = self.limits.max_body_bytes(scope["path"])
                 body_receiver = _BodyReceiver(
@@ -246,7 +251,7 @@ class Gate:
                 )
                 await self.app(scope, body_receiver, answer_sender)
         except Refused as refusal:
-            if not answer_sender.has_begun:
+            if not answer_sender.has_begun:  # a sent status cannot be taken back
                 await self._refuse(refusal, receive, answer_sender)
         finally:
             seconds = time.perf_counter() - start_time
@@ -260,13 +265,13 @@ class Gate:
             self._require_key(scope, headers)
 
     @contextmanager
-    def _in_progress_with_body(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
-        """Count a request with a body as in progress during the block."""
+    def _count_while_in_progress(self, scope: Scope, headers: dict[bytes, bytes]) -> Iterator[None]:
+        """Count a request as in progress during the block, if the request has a body."""
         has_body = scope["method"] == "POST"
         if not has_body:
             yield
             return
-        n_bytes = self._body_bytes(scope["path"], headers)
+        n_bytes = self._body_length(scope["path"], headers)
         with self.in_progress.admit(scope["path"], n_bytes) as admission:
             scope["state"]["admission"] = admission
             yield
@@ -316,19 +321,17 @@ class Gate:
         needed_scope = None
         if scope["method"] == "POST":
             needed_scope = SCOPE_OF_PATH.get(scope["path"])
-        if needed_scope is None or any(
-            needed_scope in client_key.scopes for client_key in matching_keys
-        ):
+        if needed_scope is None:
+            return
+        has_needed_scope = any(needed_scope in client_key.scopes for client_key in matching_keys)
+        if has_needed_scope:
             return
         raise Refused(HTTPStatus.FORBIDDEN, f"this key does not have the scope {needed_scope!r}.")
 
-    def _body_bytes(self, path: str, headers: dict[bytes, bytes]) -> int:
-        """Return a body's number of bytes. Raise Refused (413) if the body is too long.
-
-        If the head does not state the number, the maximum for the path is returned.
-        """
+    def _body_length(self, path: str, headers: dict[bytes, bytes]) -> int:
+        """Return a body's length in bytes. Raise Refused (413) if the body is too long."""
         max_bytes = self.limits.max_body_bytes(path)
-        if b"transfer-encoding" in headers:
+        if b"transfer-encoding" in headers:  # the length is unknown until the end
             return max_bytes
         content_length = headers.get(b"content-length", b"0")
         if content_length.isdigit() and int(content_length) <= max_bytes:
@@ -355,6 +358,7 @@ class Gate:
         await send(
             {"type": "http.response.start", "status": int(refusal.status), "headers": header_pairs}
         )
+        # more_body keeps the connection open while the client still sends
         await send({"type": "http.response.body", "body": body, "more_body": True})
         with suppress(TimeoutError):  # the refusal is sent already
             async with asyncio.timeout(self.limits.upload_seconds):
@@ -496,8 +500,8 @@ class InProgress:
     Attributes:
         n_queued_requests: Number of requests with images or rows (``QUEUED_PATHS``).
         n_other_requests: Number of requests with a body but without images or rows.
-        n_bytes: Number of bytes in all bodies, whether arrived or not.
-        n_images: Number of images and rows in the requests with an arrived body.
+        n_bytes: Number of bytes in all bodies. Bytes that have not arrived yet are counted, too.
+        n_images: Number of images and rows in all requests whose body has arrived.
     """
 
     def __init__(self, limits: ClientLimits) -> None:
@@ -518,8 +522,8 @@ class InProgress:
         is_queued = path in QUEUED_PATHS
         if self.n_bytes + n_bytes > self.max_total_bytes:
             raise too_many_in_progress("bytes")
-        # The number of images is known only after a body has arrived. But every request counted in
-        # ``n_queued_requests`` has an image or a row.
+        # The number of images is known only after a body has arrived. But every queued request has
+        # at least one image or row. So neither of the two numbers exceeds the images in progress.
         min_images = max(self.n_queued_requests, self.n_images)
         if is_queued and min_images >= self.limits.max_queued_images:
             raise too_many_in_progress("images")
@@ -527,7 +531,7 @@ class InProgress:
             raise too_many_in_progress("requests")
         admission = Admission(self)
         n_queued = 1 if is_queued else 0
-        n_other = 1 - n_queued
+        n_other = 0 if is_queued else 1
         self.n_bytes += n_bytes
         self.n_queued_requests += n_queued
         self.n_other_requests += n_other
@@ -591,11 +595,12 @@ def _are_equal(digest: bytes, other_digest: bytes) -> bool:
 
 
 def in_brackets(host: str) -> str:
-    """Write a host as in addresses and the Host header: with brackets around an IPv6 address."""
+    """Return a host as written in URLs: with brackets if it is an IPv6 address."""
     if ":" in host:
         return f"[{host}]"
     return host
 
 
 def _without_port(host_and_port: str) -> str:
+    """Return the host alone, such as "localhost" for "localhost:8000"."""
     return re.sub(r":\d{1,5}$", "", host_and_port)

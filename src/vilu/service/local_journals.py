@@ -16,6 +16,7 @@ from vilu.errors import DataError, UsageError
 from vilu.predictors.persistence.description import fit_fingerprint
 from vilu.service.journal import Journal
 from vilu.service.journals import (
+    FINGERPRINT_LENGTH,
     PREDICTOR_NAMES,
     ContradictionError,
     GuaranteeState,
@@ -25,30 +26,30 @@ from vilu.service.journals import (
 )
 
 SERVING_FILE: Final = "serving.json"
-"""Name of the file with ``AnsweringPredictor``."""
+"""Name of the file that notes which predictor answers (``AnsweringPredictor``)."""
 
 
 class AnsweringPredictor(Document):
-    """The file ``serving.json``: the answering predictor."""
+    """The content of ``serving.json``: the predictor that answers."""
 
     remedy = "Serve with a new --state"
     error_class = DataError
 
     kind: str = "serving"
-    answers: str  # fingerprint of the predictor
+    answers: str  # fingerprint of the predictor that answers
 
 
 class LocalJournals:
-    """The journals for the predictors in a service. A predictor without a guarantee has none.
+    """The journals for a service's predictors. A predictor without a guarantee has no journal.
 
     Args:
-        folder: Folder to keep between restarts, with a folder for every journal and
-            ``serving.json``.
+        folder: Folder that must be kept between restarts. It holds ``serving.json``, and a folder
+            for every journal.
         predictors: Maps each predictor name to the predictor's folder.
 
     Raises:
-        UsageError: If two names are the same predictor, or if the last answering predictor is not
-            among ``predictors``.
+        UsageError: If two names lead to the same predictor, or if the predictor that answered
+            before the last stop is not among ``predictors``.
         DataError: If a rule cannot be verified, or if a file in ``folder`` is damaged.
     """
 
@@ -61,7 +62,7 @@ class LocalJournals:
         with ExitStack() as on_failure:
             on_failure.callback(self.close_without_saving)
             self._open_journals(predictors)
-            on_failure.pop_all()
+            on_failure.pop_all()  # success: keep the journals open
 
     def _open_journals(self, predictors: Mapping[str, Path]) -> None:
         """Open the journals for all predictors with a guarantee."""
@@ -70,7 +71,8 @@ class LocalJournals:
             if calibration is None or calibration.guarantee is None:
                 continue
             # Every calibration has a new guarantee, so a new calibration begins a new journal.
-            journal_name = f"{self.fingerprints[name]}-{calibration.fingerprint[:16]}"
+            calibration_id = calibration.fingerprint[:FINGERPRINT_LENGTH]
+            journal_name = f"{self.fingerprints[name]}-{calibration_id}"
             self._journals[name] = Journal(self.folder / journal_name, predictor)
 
     def _read_answering_name(self) -> str:
@@ -122,10 +124,11 @@ class LocalJournals:
         return self.state()
 
     def label(self, labels: Mapping[str, str]) -> dict[str, LabelCounts]:
-        """Write labels, and count the labels for every predictor, as ``Journals.label``.
+        """Write labels, and count them for every predictor. See ``Journals.label``.
 
         Raises:
-            ContradictionError: If a row has a different label. No label is written to any journal.
+            ContradictionError: If a row already has another label. Then no label is written to any
+                journal.
             DataError: As ``Journal.label``.
         """
         # Between the check and the write, no other request may label the same rows.
@@ -142,16 +145,16 @@ class LocalJournals:
 
         A journal without a label for a row is left as it is: the row may have been answered before
         the journal's predictor was served. A journal with the new label is left as it is, too: an
-        earlier correction may have ended after the first journal.
+        earlier correction may have been interrupted after the first journal.
 
         Returns:
             The number of rows whose label was replaced in any journal.
 
         Raises:
-            ContradictionError: If a row's label is in neither mapping, or if no row has its label
-                in ``labels_before``. No label is replaced.
+            ContradictionError: If a row's present label is in neither mapping, or if no row has the
+                label in ``labels_before``. Then no label is replaced.
             DataError: If a label is neither a class nor "(outside)", or if no journal has a label
-                for a row. No label is replaced.
+                for a row. Then no label is replaced.
         """
         with self._lock:
             for journal in self._journals.values():
@@ -169,7 +172,7 @@ class LocalJournals:
         return len(corrected_row_ids)
 
     def statuses(self) -> dict[str, Status]:
-        """Map the name of every predictor with a monitor to the monitor's status."""
+        """Return every monitor's status, by the name of its predictor."""
         return {name: journal.status for name, journal in self._journals.items()}
 
     def switch(self, name: str) -> ServiceState:
@@ -183,7 +186,7 @@ class LocalJournals:
                 f"there is no predictor {name!r:.40}. The predictors are "
                 f"{' and '.join(self.fingerprints)}."
             )
-        # The lock prevents two concurrent switches from leaving different names here and on disk.
+        # Without the lock, two switches at once could leave one name here and another on disk.
         with self._lock:
             choice = AnsweringPredictor(answers=self.fingerprints[name])
             write_document(self.folder / SERVING_FILE, choice)
@@ -196,14 +199,16 @@ class LocalJournals:
             journal.close()
 
     def close_without_saving(self) -> None:
-        """Close the journals, if the service cannot start."""
+        """Close the journals, but do not save the monitors. Used if the service cannot start."""
         for journal in self._journals.values():
             journal.close_without_saving()
 
 
 def _fingerprints(predictors: Mapping[str, Path]) -> dict[str, str]:
-    """Map each predictor name to the fingerprint. Raise UsageError for equal fingerprints."""
-    fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
+    """Return each predictor's fingerprint, by name. Raise UsageError if two are equal."""
+    fingerprints = {}
+    for name, folder in predictors.items():
+        fingerprints[name] = fit_fingerprint(folder)[:FINGERPRINT_LENGTH]
     if len(set(fingerprints.values())) < len(predictors):
         folders = " and ".join(map(str, predictors.values()))
         raise UsageError(f"{folders} are the same predictor. Give another predictor to --second.")
@@ -228,8 +233,9 @@ def _require_correctable(
 ) -> None:
     """Raise an error if a row's label cannot be replaced, or if no row has the old label.
 
-    A correction that ended after the first journal may be sent again. Some of its rows may have the
-    new label everywhere, because the second journal has never seen them.
+    A client may repeat a correction that was interrupted after the first journal. Rows that are
+    only in the first journal have the new label already. So a row with the new label is no error,
+    as long as another row has the old label.
 
     ``labels_of_journals`` has each journal's present labels. All mappings are from row ids to
     labels.
@@ -241,12 +247,13 @@ def _require_correctable(
         if not labels_now:
             raise DataError(f"the row {row_id:.60} has no label that could be corrected.")
         other_labels = labels_now - {label_before, label_after}
-        if other_labels and len(labels_now) > 1:
+        journals_disagree = len(labels_now) > 1
+        if other_labels and journals_disagree:
             raise _interrupted_correction(row_id, labels_now)
         if other_labels:
             raise _contradiction(row_id, other_labels.pop(), label_before)
         has_old_label |= label_before in labels_now
-    if not has_old_label:
+    if not has_old_label:  # every row has the new label already, so the error names the first row
         row_id, label_after = next(iter(labels_after.items()))
         raise _contradiction(row_id, label_after, labels_before[row_id])
 

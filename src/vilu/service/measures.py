@@ -21,7 +21,7 @@ BATCH_SIZE_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class CountedAnswer(Protocol):
-    """The counted part of an answer."""
+    """The part of an answer that ``Measures.count_answers`` reads."""
 
     @property
     def decision(self) -> str | None:
@@ -39,7 +39,7 @@ class MeasuredPredictor(Protocol):
 
 
 class MeasuredEngine(Protocol):
-    """The engine's part that the gauges read."""
+    """The part of the engine that the gauges read."""
 
     @property
     def journals(self) -> Journals:
@@ -105,7 +105,7 @@ class Measures:
 
 
 class _Gauges(Collector):
-    """Gauges. Their values are read from the engine at every request for the metrics."""
+    """The gauges. Their values are read anew at every request for the metrics."""
 
     def __init__(
         self, in_progress: InProgress, get_engine: Callable[[], MeasuredEngine | None]
@@ -114,11 +114,11 @@ class _Gauges(Collector):
         self.get_engine = get_engine
 
     def describe(self) -> list[Metric]:
-        """Announce no metric to the registry, since the metrics depend on the predictors."""
+        """Announce no metric to the registry: the predictors are unknown until the engine loads."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield gauges: work in progress, and every predictor's guarantee, evidence and audit."""
+        """Yield gauges for the work in progress, and every predictor's guarantee and monitor."""
         yield GaugeMetricFamily(
             "vilu_images_under_way", "Images that wait for an answer.", self.in_progress.n_images
         )
@@ -145,8 +145,8 @@ class _Gauges(Collector):
         fingerprints = {name: predictor.fingerprint for name, predictor in predictors.items()}
         yield _ready_gauge(is_ready=state.is_writable and not state.has_lost_journal)
         yield from _guarantee_gauges(state, fingerprints)
-        status_of_fingerprint = {fingerprints[name]: status for name, status in statuses.items()}
-        yield from _monitor_gauges(status_of_fingerprint)
+        statuses_by_fingerprint = {fingerprints[name]: status for name, status in statuses.items()}
+        yield from _monitor_gauges(statuses_by_fingerprint)
 
 
 def _ready_gauge(*, is_ready: bool) -> Metric:
@@ -159,7 +159,7 @@ def _guarantee_gauges(state: ServiceState, fingerprints: Mapping[str, str]) -> I
 
     Args:
         state: The service's state.
-        fingerprints: Maps each predictor name to the fingerprint.
+        fingerprints: Maps each predictor name to the predictor's fingerprint.
     """
     answering_gauge = _predictor_gauge("answers_now", "1 for the predictor that answers, else 0.")
     holds_gauge = _predictor_gauge("guarantee_holds", "1 if the guarantee holds, else 0.")
@@ -178,7 +178,7 @@ EVIDENCE_GAUGES: Final = {
     ),
     "level": "Probability that this test ever raises an alarm without cause.",
 }
-"""Maps an attribute of a monitor's test to the gauge description."""
+"""Maps an attribute of a monitor's test to the description of its gauge."""
 
 AUDIT_GAUGES: Final = {
     "n": "Number of accepted answers whose labels have arrived.",
@@ -187,24 +187,24 @@ AUDIT_GAUGES: Final = {
     "upper": "Upper bound of the error rate of accepted answers.",
     "guarantee": "Guaranteed maximum of the error rate of accepted answers.",
 }
-"""Maps an attribute of the audit to the gauge description."""
+"""Maps an attribute of the audit to the description of its gauge."""
 
 
-def _monitor_gauges(status_of_fingerprint: Mapping[str, Status]) -> Iterator[Metric]:
-    """Yield gauges for the monitors, from the status for every predictor's fingerprint."""
+def _monitor_gauges(statuses: Mapping[str, Status]) -> Iterator[Metric]:
+    """Yield the monitors' gauges. ``statuses`` maps each predictor's fingerprint to a status."""
     rows_gauge = _predictor_gauge("monitor_rows", "Rows that the monitor has seen.")
-    for fingerprint, status in status_of_fingerprint.items():
+    for fingerprint, status in statuses.items():
         rows_gauge.add_metric([fingerprint], float(status.rows))
     yield rows_gauge
     for attribute, description in EVIDENCE_GAUGES.items():
         gauge = _predictor_gauge(f"monitor_{attribute}", description, "test")
-        for fingerprint, status in status_of_fingerprint.items():
+        for fingerprint, status in statuses.items():
             for test in status.tests:
                 gauge.add_metric([fingerprint, test.name], float(getattr(test, attribute)))
         yield gauge
     for attribute, description in AUDIT_GAUGES.items():
         gauge = _predictor_gauge(f"audit_{attribute}", description)
-        for fingerprint, status in status_of_fingerprint.items():
+        for fingerprint, status in statuses.items():
             if status.audit is not None:
                 gauge.add_metric([fingerprint], float(getattr(status.audit, attribute)))
         yield gauge

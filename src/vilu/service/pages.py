@@ -54,7 +54,7 @@ DOCS_FILE_TYPES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": 
 
 async def photo_page() -> Response:
     """Return the page for dropping a photo."""
-    # The user's photo is an image with the source "blob:".
+    # The page shows the user's photo from a "blob:" address, so its policy must allow such images.
     content, policy = render_page("vilu.service", name="page", images="blob:")
     return _html_response(content, policy)
 

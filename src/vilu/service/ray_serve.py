@@ -128,7 +128,7 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
     uses_one_machine = os.environ.get(RAY_CLUSTERS) == "0"
 
     def build_application() -> Gate:
-        """Build the application with a model. Every replica is a process and calls this."""
+        """Build the application, and load its model. Every replica is a process that calls this."""
         if uses_one_machine:
             listen_to_this_machine_alone()
         for module in modules:
@@ -151,20 +151,20 @@ def deploy(setup: Setup, host: str, port: int, replicas: Replicas) -> tuple[str,
 
 
 def listen_to_this_machine_alone() -> None:
-    """Let this process's gRPC servers listen at 127.0.0.1, whatever addresses they name.
+    """Let this process's gRPC servers listen only at 127.0.0.1, whatever address they ask for.
 
     A Ray Serve replica opens a port for other deployments at all addresses of the machine, even if
     Ray itself listens at 127.0.0.1 only. This port asks for no key, and reads pickles. Call this
     function before the port is opened, in a process used only as a replica.
     """
-    server: Any = import_extra("grpc.aio._server", "serve-ray").Server
-    add_port = server.add_insecure_port
+    server_class: Any = import_extra("grpc.aio._server", "serve-ray").Server
+    add_port = server_class.add_insecure_port
 
-    def add_insecure_port(self: Any, address: str) -> int:  # noqa: ANN401 - a gRPC server
+    def add_local_port(self: Any, address: str) -> int:  # noqa: ANN401 - a gRPC server
         _, _, port = address.rpartition(":")
         return int(add_port(self, f"127.0.0.1:{port}"))
 
-    server.add_insecure_port = add_insecure_port
+    server_class.add_insecure_port = add_local_port
 
 
 def _start_journals_actor(setup: Setup) -> RemoteJournals:
@@ -215,8 +215,8 @@ def serve_ray(
         announce: Called with the URL and then with "ready", as soon as all replicas answer.
 
     Raises:
-        UsageError: If the port is 0, since Ray does not report the chosen free port, or if no
-            cluster answers at ``RAY_ADDRESS``, or if Ray cannot start.
+        UsageError: If no cluster answers at ``RAY_ADDRESS``, if Ray cannot start, or if the port is
+            0, since Ray does not report the free port it chose.
         BusyError: If another process serves with the same state folder.
         ViLUError: If a predictor's rule cannot be verified, or if the model differs from the
             predictor's model.
@@ -241,7 +241,7 @@ def serve_ray(
     # The exception is raised here and not in a signal handler, since Ray replaces such handlers.
     if signal_number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + signal_number)
+    raise SystemExit(128 + signal_number)  # the usual exit code after a signal
 
 
 def _wait_for_signal() -> int:

@@ -2,12 +2,13 @@
 
 - Rows and labels are only added, never changed.
 - Rows form a chain: a row's digest is computed from the row's content and the previous row's
-  digest. So an edit or a deletion breaks the chain. Labels and corrections form a second chain.
-- The row id ends with the picture id. Rows with equal pictures are kept, but only the picture's
-  first row is given to the monitor.
-- The chains begin with a digest of the monitor's fingerprint, so rows from another monitor do not
-  fit.
-- A small second file notes the last row and the last label. So missing rows at the end are found
+  digest. So an edit or a deletion breaks the chain. Labels and corrections together form a second
+  chain.
+- A row id ends with a digest of the picture. Rows with equal pictures are kept, but only the
+  picture's first row is given to the monitor.
+- Both chains begin with a digest of the monitor's fingerprint. So rows from another monitor break
+  the chain.
+- A small second file notes the last row and the last label. So missing rows at the end are found,
   too.
 
 The chains do not protect against a person who can write both files.
@@ -52,8 +53,13 @@ LOCK_WAIT_SECONDS: Final = 5.0
 """Seconds to wait for a file locked by another process."""
 
 PICTURE_OF_ID: Final = "substr({id}, instr({id}, '-') + 1)"
-"""SQL expression for a row's picture: the end of the id, or the whole id without a hyphen."""
+"""SQL expression for a row's picture: the part of the row id after the first hyphen.
 
+An id without a hyphen is taken as a whole. ``{id}`` stands for the column with the row id.
+"""
+
+# In these tables, ``n`` is a row's number and ``came`` the number of a label or correction, both in
+# order of arrival. Labels and corrections share one series of numbers.
 CREATE_TABLES: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS rows (
@@ -80,11 +86,7 @@ CREATE INDEX IF NOT EXISTS pictures ON rows ({PICTURE_OF_ID.format(id="id")});
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT
 """
-"""SQL statements to create the tables.
-
-``n`` is the row number, in order of arrival. ``came`` is the label's or correction's number, in
-order of arrival.
-"""
+"""SQL statements to create the tables. Existing tables are kept."""
 
 NEWER_SCHEMA_NAMES: Final = frozenset({"corrections", "pictures"})
 """Names of newer tables and indices, absent from files by earlier versions."""
@@ -97,7 +99,10 @@ WHERE n > ? AND NOT EXISTS (
     AND earlier.n < rows.n
 ) ORDER BY n LIMIT ?
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the rows with a number above ``?``, without rows whose picture came earlier."""
+"""SQL for the rows above a row number, without rows whose picture came earlier.
+
+The parameters are the row number, and the maximum number of rows.
+"""
 
 SELECT_LABELS_OF_NEW_PICTURES: Final = f"""
 SELECT n, id, answer, uncertainty, coalesce(
@@ -109,9 +114,9 @@ WHERE came > ? AND NOT EXISTS (
     AND earlier.came < labels.came
 ) ORDER BY came
 """  # noqa: S608 - only names of columns are put in
-"""SQL for the labels with a number above ``?``, without labels for a picture labelled earlier.
+"""SQL for the labels above a label number, without labels for a picture labelled earlier.
 
-For a corrected label, the last correction is selected instead.
+For a corrected label, the last correction is selected instead. The parameter is the label number.
 """
 
 SELECT_LABEL_CHAIN: Final = """
@@ -119,7 +124,7 @@ SELECT came, n, label, digest, 'labels' FROM labels
 UNION ALL SELECT came, n, label, digest, 'corrections' FROM corrections
 ORDER BY came
 """
-"""SQL for the chain of labels and corrections. The last column is the table name."""
+"""SQL for the chain of labels and corrections. The last column is the name of the table."""
 
 DIGEST_BYTES: Final = 16
 """Length of a digest in bytes."""
@@ -128,7 +133,11 @@ ENDS_LINE_PATTERN: Final = re.compile(
     rb"(?P<row_number>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
     rb"(?P<label_number>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
 )
-"""Pattern for the only line in ``ENDS_FILE``. The groups are the attributes of ``ChainEnds``."""
+"""Pattern for the only line in ``ENDS_FILE``: number and digest of the last row, then of the label.
+
+The groups are the attributes of ``ChainEnds``. With shortened digests, a line looks like
+"00000000000000000012 9f86d0... 00000000000000000003 4bf512...".
+"""
 
 # binary formats for the numbers in digests
 ROW_FORMAT = struct.Struct("<qdqd")  # row number, time, answer, uncertainty
@@ -146,13 +155,13 @@ HARMLESS_ERROR_CODES: Final = {
     sqlite3.SQLITE_PROTOCOL,
     sqlite3.SQLITE_READONLY,
 }
-"""SQLite errors without damage to the content of the file."""
+"""SQLite errors that do not mean that the content of the file is damaged."""
 
 
 class AnsweredRow(NamedTuple):
     """A row's columns for the monitor."""
 
-    row_number: int  # row number, in the order of arrival
+    row_number: int  # in the order of arrival
     id: str
     answer: int
     uncertainty: float
@@ -177,7 +186,7 @@ StoredLabel = tuple[int, int, int, bytes, str]
 
 @dataclass(frozen=True)
 class ChainEnds:
-    """The ends of both chains.
+    """The last row, and the last label or correction.
 
     Attributes:
         row_number: Number of the last row.
@@ -192,7 +201,7 @@ class ChainEnds:
     label_digest: bytes
 
     def to_line(self) -> bytes:
-        """Return the line for ``rows.ends``. Its length is constant, so one write replaces it."""
+        """Return the line for ``rows.ends``. All such lines have the same length."""
         row_end = f"{self.row_number:020d} {self.row_digest.hex()}"
         label_end = f"{self.label_number:020d} {self.label_digest.hex()}"
         return f"{row_end} {label_end}\n".encode()
@@ -250,7 +259,7 @@ class RowFile:
             os.fsync(self._ends_file_descriptor)
             with self._convert_sqlite_errors():
                 self._connection = self._connect()
-            on_failure.pop_all()
+            on_failure.pop_all()  # success: keep both files open
         paths = (self.path, folder / WAL_FILE)
         # file identities at this moment, to notice later if a file was replaced
         self._identities = {path: _file_identity(path) for path in paths}
@@ -264,13 +273,14 @@ class RowFile:
             on_failure.callback(connection.close)
             connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             connection.executescript(CREATE_TABLES)
-            on_failure.pop_all()
+            on_failure.pop_all()  # success: keep the file open
         return connection
 
     def skip_numbers_to(self, row_number: int) -> None:
-        """Give new rows only numbers above ``row_number``, the last number seen by the monitor.
+        """Give new rows only numbers above ``row_number``, the number of rows seen by the monitor.
 
-        The file may have lost some of these rows. The lost rows' numbers are not used again.
+        The file may have lost some rows that the monitor has seen. Their numbers are not used
+        again.
         """
         self._last_row_number = max(self._last_row_number, row_number)
 
@@ -280,7 +290,7 @@ class RowFile:
         return any(_file_identity(path) != identity for path, identity in self._identities.items())
 
     def add(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
-        """Write the rows with new ids. All rows are on disk when this method returns.
+        """Write the rows whose ids are new. All rows are on disk when this method returns.
 
         Raises:
             StorageError: If the rows cannot be written, or the file was removed or replaced.
@@ -353,7 +363,7 @@ class RowFile:
     def rows_after(self, row_number: int) -> list[AnsweredRow]:
         """Return the first ``MAX_ROWS_READ`` rows above this number.
 
-        Rows with an earlier row's picture are left out and do not count.
+        Rows with the picture of an earlier row are left out, and do not count towards the maximum.
         """
         with self._convert_sqlite_errors():
             records = self._connection.execute(
@@ -364,8 +374,8 @@ class RowFile:
     def labels_after(self, label_number: int) -> list[AuditedRow]:
         """Return the rows with labels numbered above ``label_number``, in label order.
 
-        A row with a corrected label has the last correction. If rows with equal pictures have
-        labels, only the row with the first label is returned.
+        A corrected label is replaced by its last correction. If several rows with equal pictures
+        have labels, only the row that was labelled first is returned.
         """
         with self._convert_sqlite_errors():
             records = self._connection.execute(SELECT_LABELS_OF_NEW_PICTURES, (label_number,))
@@ -393,9 +403,9 @@ class RowFile:
         self._write_ends()
 
     def _write_ends(self) -> None:
-        """Write the line with the ends in a single call, so a kill cannot leave half a line.
+        """Replace the line with the ends in a single call, so a kill cannot leave half a line.
 
-        A power cut may lose the line.
+        The line is not forced to the disk, so a power cut may lose it.
         """
         with convert_os_errors(f"cannot write {self._ends_path}"):
             line = self.ends.to_line()
@@ -444,6 +454,7 @@ class RowFile:
 
     def _require_version(self) -> None:
         """Raise ProvenanceError for tables by another version of vilu. Damage is found later."""
+        # the values if damage ends the block
         version = 0
         has_tables = False
         with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
@@ -454,7 +465,7 @@ class RowFile:
 
     def _add_missing_tables(self) -> None:
         """Add tables missing in files by earlier versions. Further faults are found later."""
-        is_older_file = False
+        is_older_file = False  # if damage ends the block
         with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
             is_older_file = _schema_of(connection) == _our_schema(excluded_names=NEWER_SCHEMA_NAMES)
         if is_older_file:
@@ -465,10 +476,11 @@ class RowFile:
         """Walk along each chain up to its first break.
 
         Returns:
-            The last row and label before a break, and whether the file is whole: no chain is
-            broken, and the chains contain the row and the label in ``noted_ends``.
+            The last row and label before a break, and whether the file is whole. The file is whole
+            if its tables are valid, if no chain is broken, and if the chains contain the row and
+            the label in ``noted_ends``.
         """
-        last_row = 0
+        last_row = 0  # number of the last unbroken row, like ``last_label`` below
         row_digest = self._empty_ends.row_digest
         n_rows = 0
         last_label = 0
@@ -490,7 +502,7 @@ class RowFile:
                 n_labels += 1
                 if last_label == noted_ends.label_number:
                     has_noted_label = label_digest == noted_ends.label_digest
-            # if a chain is broken, the table has more rows (or labels) than the walk has counted
+            # if a chain is broken, its table has more rows (or labels) than this walk has counted
             is_undamaged = _has_valid_tables(connection) and _chain_lengths(connection) == (
                 n_rows,
                 n_labels,
@@ -505,7 +517,7 @@ class RowFile:
 
     @contextmanager
     def _stop_at_damage(self) -> Iterator[None]:
-        """End the block silently at damage to the file. All other errors become StorageError."""
+        """End the block silently if the file is damaged. Other errors become a StorageError."""
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -513,7 +525,7 @@ class RowFile:
                 raise StorageError(f"cannot use {self.path}: {error}.") from error
 
     def _repair(self, noted_ends: ChainEnds | None) -> ChainEnds:
-        """Set the old files aside, and write a file with the unbroken chains in their place."""
+        """Set the old files aside, and put a file with the unbroken chains in their place."""
         new_path = self.path.with_name(f"{ROWS_FILE}.new")
         with convert_os_errors(f"cannot write {new_path}"):
             new_path.unlink(missing_ok=True)
@@ -557,6 +569,7 @@ class RowFile:
                     new_connection.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
                     ends = replace(ends, row_number=row_number, row_digest=digest)
                     n_rows += 1
+            # a block of its own, because damage to the rows must not hide the labels
             with self._stop_at_damage(), closing(_open_to_read(self.path)) as connection:
                 query = "SELECT 1 FROM rows WHERE n = ?"
                 stored_labels = _unbroken_labels(connection, ends.label_digest)
@@ -569,7 +582,10 @@ class RowFile:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> list[str]:
-    """Rename the existing files to free names, and return the new names."""
+    """Rename files to unused names such as "rows.sqlite.aside-1", and return the new names.
+
+    Missing files are left out. All new names have the same number.
+    """
     old_names = [name for name in names if (folder / name).exists()]
     new_names: list[str] = []
     for number in count(1):
@@ -651,13 +667,16 @@ def _has_valid_tables(connection: sqlite3.Connection) -> bool:
 
 
 def _schema_of(connection: sqlite3.Connection, excluded_names: Set[str] = frozenset()) -> list[str]:
-    """Return the SQL texts for all tables, indices and triggers but ``excluded_names``, by name."""
+    """Return the SQL texts of tables, indices and triggers, in order of their names.
+
+    Objects named in ``excluded_names`` are left out.
+    """
     query = "SELECT name, coalesce(sql, name) FROM sqlite_schema ORDER BY name"
     return [text for name, text in connection.execute(query) if name not in excluded_names]
 
 
 def _our_schema(excluded_names: Set[str] = frozenset()) -> list[str]:
-    """Return a new file's schema, without ``excluded_names``."""
+    """Return the schema of a new file from this version, without ``excluded_names``."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.executescript(CREATE_TABLES)
         return _schema_of(connection, excluded_names)

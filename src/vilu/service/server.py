@@ -30,7 +30,7 @@ IDLE_SECONDS: Final = 10
 """Seconds until a connection without a complete request head is closed."""
 
 MEMORY_RETURN_SECONDS: Final = 60
-"""Freed memory is returned to the operating system every ``MEMORY_RETURN_SECONDS`` seconds."""
+"""Seconds between two returns of freed memory to the operating system."""
 
 
 class TimedProtocol(H11Protocol):
@@ -70,7 +70,7 @@ class TimedProtocol(H11Protocol):
             self._deadline.cancel()
 
     def _update_deadline(self) -> None:
-        """Set the deadline while a head is awaited. Cancel it while a request is answered."""
+        """Set the deadline if a head is awaited. Cancel it if a request is being answered."""
         is_answering = bool(self.cycle) and not self.cycle.response_complete
         if is_answering:
             if self._deadline is not None:

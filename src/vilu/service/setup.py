@@ -55,7 +55,7 @@ class Setup:
 
 
 def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
-    """Load a service's engine, and test the engine with a grey picture.
+    """Load a service's engine. A model for images is tested with a grey picture.
 
     Args:
         setup: The service's settings.
@@ -68,20 +68,19 @@ def load_engine(setup: Setup, journals: Journals | None = None) -> Engine:
 
     if journals is not None:
         return _load_engine_with(journals, setup)
-    # Opening the journals verifies the rules. The rules are verified before the model is loaded, to
-    # report an invalid rule at once.
+    # The journals are opened before the model is loaded. Opening them verifies the rules, so an
+    # invalid rule is reported at once.
     local_journals = LocalJournals(setup.state, setup.predictors)
     with ExitStack() as on_failure:
         on_failure.callback(local_journals.close_without_saving)
         engine = _load_engine_with(local_journals, setup)
-        on_failure.pop_all()
+        on_failure.pop_all()  # success: keep the journals open
     return engine
 
 
 def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
     """Load the engine with these journals."""
-    # These modules are imported here, since the imports take seconds. The service already answers
-    # /healthz meanwhile.
+    # These imports take seconds. Meanwhile the service already answers /healthz.
     from vilu.guard.guard import Guard
     from vilu.predictors.persistence.storage import load_predictor
     from vilu.service.engine import Engine
@@ -98,8 +97,9 @@ def _load_engine_with(journals: Journals, setup: Setup) -> Engine:
         precision=setup.precision,
     )
     if guard.model.first_photos is not None:
-        # Clients choose the photos, and a client must not be able to stop the service. So photos
-        # unlike the photos in the fit lead to a warning and not to an error.
+        # The guard compares the first photos in low precision with float32. Too large differences
+        # would raise an error. But clients choose the photos, and no client must be able to stop
+        # the service. So this guard only logs a warning.
         guard.model.first_photos.must_pass = False
     (answer,) = guard([_grey_picture()])
     if answer.label is None:

@@ -40,6 +40,7 @@ class TableGuard(Guard):
         predictor = load_predictor(folder)
         if not isinstance(predictor, AnswerMethod):
             raise UsageError(f"{folder} holds a {predictor.name}, which is no method for tables.")
+        # Guard.__init__ would open a model, so the attributes are set here instead
         self._saved_model = folder
         self.folder = folder
         self.predictor = predictor
@@ -63,13 +64,13 @@ class TableGuard(Guard):
             arrays: The columns of B rows, as returned by ``AnswerMethod.inputs``.
             keys: The identifiers of the B rows.
         """
-        numbers = arrays[NUMBERS].numpy()
-        names = self.predictor.used_columns
+        numbers = arrays[NUMBERS].numpy()  # (B, C), one column per used column
+        column_names = self.predictor.used_columns
         features = arrays[FEATURES].numpy() if FEATURES in arrays else None
         table = AnswerTable(
             tuple(keys),
             np.full(len(keys), UNKNOWN, dtype=np.int64),
-            {name: numbers[:, column] for column, name in enumerate(names)},
+            {name: numbers[:, column] for column, name in enumerate(column_names)},
             features=features,
         )
         facts = {
@@ -98,7 +99,8 @@ class TableEngine(Engine):
     def numbers_per_row(self) -> int:
         """Number of values in a client's row: columns, features and identifier."""
         n_features = int(self.guard.predictor.notes_.get("n_features", 0))
-        return len(self.guard.predictor.used_columns) + n_features + 1
+        n_identifiers = 1
+        return len(self.guard.predictor.used_columns) + n_features + n_identifiers
 
     def check_rows(self, columns: Mapping[str, Any]) -> ClientRows:
         """Check a client's columns like the columns of a file.
@@ -108,8 +110,8 @@ class TableEngine(Engine):
         """
         table = open_table(columns)
         arrays = self.guard.predictor.inputs(table)
-        # Two answers may have equal numbers, and a client may give an identifier to a second
-        # answer. So rows belong to the same answer only if identifiers and numbers are equal.
+        # Two answers may have equal numbers, and a client may use an identifier again for another
+        # answer. So rows belong to the same answer only if identifier and numbers are equal.
         bytes_of_numbers = bytes_of_rows(arrays)
         picture_keys = []
         for name, number_bytes in zip(table.ids, bytes_of_numbers, strict=True):

@@ -1,6 +1,6 @@
-"""Read the arrays in an ``.npz`` file, or in a folder with ``.npy`` files, in row blocks.
+"""Read the arrays in an ``.npz`` file, or in a folder with ``.npy`` files, in blocks of rows.
 
-The files are not trusted, so all content is checked before use.
+The files are not trusted, so headers, sizes and texts are checked before use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,34 +40,36 @@ NPZ_READING_ERRORS = (
 ``zipfile`` raises RuntimeError if the content is encrypted.
 """
 
-BLOCK_BYTES = 2**24  # number of bytes read at a time
+BLOCK_BYTES = 2**24  # number of bytes read at a time: 16 MiB
 
 TEXT_SUFFIXES = frozenset({".txt", ".csv"})
 """Name endings of text files. A text file has an entry per line and no header."""
 
-# Limits against zip bombs: small files that decompress to very many bytes. An array up to
-# ``SMALL_ARRAY_BYTES`` is accepted, whatever the compressed size. A larger array may be at most
-# ``MAX_COMPRESSION_RATIO`` times as large as the compressed array. Embeddings stay below this
-# limit, because compression hardly makes embeddings smaller.
-SMALL_ARRAY_BYTES = 2**28
+# Limits against zip bombs: small files that decompress to very many bytes. An array with at most
+# ``SMALL_ARRAY_BYTES`` bytes is always accepted. A larger array is refused if it has more than
+# ``MAX_COMPRESSION_RATIO`` times as many bytes as the compressed array. Embeddings are accepted,
+# because compression hardly makes embeddings smaller.
+SMALL_ARRAY_BYTES = 2**28  # 256 MiB
 MAX_COMPRESSION_RATIO = 100
 
-# First and last surrogate. Surrogates are Unicode codes that are no characters.
+# The Unicode codes from the first to the last surrogate are no characters.
 FIRST_SURROGATE = 0xD800
 LAST_SURROGATE = 0xDFFF
 MAX_NAME_CHARACTERS = 2**16  # maximum number of characters in a name
-# NumPy's kinds for ``array_to_texts``: whole numbers (i, u), texts (U) and bytes (S)
+# the dtype kinds that ``array_to_texts`` accepts: whole numbers (i, u), texts (U) and bytes (S)
 TEXT_KINDS = "iuUS"
 
 
 class StoredArray:
-    """An array in a file. Opening reads only the header. Rows are read on demand.
+    """An array in the format ``.npy``, in a file or in a zip file.
+
+    Opening reads only the header. Rows are read on demand.
 
     Args:
         location: The array's name in messages: the file name, and for a zip file also the array's
             name in the zip file.
-        handle: The open file, at the beginning of the array.
-        n_bytes: Size of the file, or of the uncompressed array in a zip file.
+        handle: The open file, at the beginning of the header.
+        n_bytes: Number of bytes in header and content together, uncompressed.
         block_bytes: Number of bytes read at a time.
     """
 
@@ -88,8 +90,8 @@ class StoredArray:
             self._content_start = handle.tell()
         if self.dtype.hasobject:
             raise DataError(
-                f"{location} holds Python objects, which only pickle could read, and pickle runs "
-                "what a file says. Save numbers, or texts as numpy.array(names, dtype=str)."
+                f"{location} holds Python objects. Only pickle could read them, and pickle can run "
+                "code from a file. Save numbers, or texts as numpy.array(names, dtype=str)."
             )
         self._require_content(n_bytes - self._content_start)
 
@@ -98,9 +100,10 @@ class StoredArray:
 
         ``n_content_bytes`` is the number of bytes after the header.
         """
-        has_valid_shape = min(self.shape, default=0) >= 0  # no size may be negative
+        has_valid_shape = min(self.shape, default=0) >= 0  # no dimension may be negative
         has_valid_type = self.dtype.itemsize > 0
-        if has_valid_shape and has_valid_type and self.n_bytes == n_content_bytes:
+        has_right_size = self.n_bytes == n_content_bytes
+        if has_valid_shape and has_valid_type and has_right_size:
             return
         raise DataError(
             f"{self.location} is damaged: its header says {self.dtype} of shape {self.shape}, and "
@@ -112,7 +115,7 @@ class StoredArray:
 
     @property
     def n_bytes(self) -> int:
-        """The array's size in bytes."""
+        """The content's size in bytes, without the header."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -130,9 +133,9 @@ class StoredArray:
             )
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return the rows ``start`` to ``stop - 1``. The array must be in C order.
+        """Return the rows ``start`` to ``stop - 1``.
 
-        ``require_c_order`` checks the order.
+        The array must be in C order. Call ``require_c_order`` before.
         """
         n_rows = stop - start
         content = self._read_content(
@@ -141,17 +144,19 @@ class StoredArray:
         return np.frombuffer(content, self.dtype).reshape(n_rows, *self.shape[1:])
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """Yield all rows, in blocks of about ``block_bytes``. The array must be in C order."""
+        """Yield all rows in blocks of about ``block_bytes`` bytes. The array must be in C order."""
         bytes_per_row = max(self._bytes_per_row, 1)  # a row without entries has 0 bytes
         block_rows = max(self.block_bytes // bytes_per_row, 1)
         for start in range(0, len(self), block_rows):
-            yield self.read(start, min(start + block_rows, len(self)))
+            stop = min(start + block_rows, len(self))
+            yield self.read(start, stop)
 
     def read_whole(self) -> NDArray[Any]:
         """Read and return the whole array, in C or Fortran order."""
         content = self._read_content(start=0, n_bytes=self.n_bytes)
         flat_values = np.frombuffer(content, self.dtype)
-        return flat_values.reshape(self.shape, order="F" if self._is_fortran_order else "C")
+        order: Literal["C", "F"] = "F" if self._is_fortran_order else "C"
+        return flat_values.reshape(self.shape, order=order)
 
     def hash(self, advance: Callable[[int], object]) -> str:
         """Return a hash of the array's type, shape and content.
@@ -181,11 +186,13 @@ class StoredArray:
         ``content`` grows with every block.
         """
         content = bytearray()
+        position_in_file = self._content_start + start
         with convert_reading_errors(self.location):
-            if self._handle.tell() != self._content_start + start:
-                self._handle.seek(self._content_start + start)
+            if self._handle.tell() != position_in_file:
+                self._handle.seek(position_in_file)
             while len(content) < n_bytes:
-                block = self._handle.read(min(self.block_bytes, n_bytes - len(content)))
+                n_bytes_left = n_bytes - len(content)
+                block = self._handle.read(min(self.block_bytes, n_bytes_left))
                 if not block:
                     raise DataError(
                         f"{self.location} ends after {start + len(content)} bytes. Write it again."
@@ -195,7 +202,7 @@ class StoredArray:
 
 
 HeaderFacts = tuple[tuple[int, ...], bool, np.dtype[Any]]
-"""Facts in a header: the shape, whether the array is in Fortran order, and the dtype."""
+"""What a header states: the shape, whether the array is in Fortran order, and the dtype."""
 
 HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], HeaderFacts]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -205,7 +212,7 @@ HEADER_READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], HeaderFacts]] = {
 
 
 def convert_reading_errors(location: str) -> AbstractContextManager[None]:
-    """Convert exceptions from a damaged file in the block into a DataError.
+    """Return a context manager that converts a damaged file's exceptions into a DataError.
 
     The DataError's message names the array's ``location``.
     """
@@ -225,8 +232,8 @@ class ArrayFiles(ExitStack):
 
     Args:
         path: The file or folder. None: all arrays are in ``files``.
-        files: Maps names of further arrays to files. A file is an ``.npy`` file, or a text with an
-            entry per line. These arrays replace arrays with the same names in ``path``.
+        files: Maps names of further arrays to files. A file is an ``.npy`` file, or a text file
+            with an entry per line. These arrays replace arrays with the same names in ``path``.
         block_bytes: Number of bytes read at a time.
     """
 
@@ -239,23 +246,25 @@ class ArrayFiles(ExitStack):
     ) -> None:
         super().__init__()
         self.block_bytes = block_bytes
+        # array name -> the array's own file, or the array's entry in the zip file
         self._member_of_array: dict[str, Path | zipfile.ZipInfo] = {}
         self._zip: zipfile.ZipFile | None = None
-        # each opened file's size and modification time, at the opening
+        # opened file -> the file's size and modification time when it was opened
         self._state_of_file: dict[Path, tuple[int, int] | None] = {}
         path_of_name = {name: Path(file) for name, file in (files or {}).items()}
         if path is None and not path_of_name:
             raise UsageError("there are no arrays: give a source, or files of arrays.")
-        # the path for messages: ``path`` if ``path`` is given, or else the first of ``files``
-        self.path = next(iter(path_of_name.values())) if path is None else Path(path)
-        if path is not None:
+        if path is None:
+            self.path = next(iter(path_of_name.values()))  # messages name the first of ``files``
+        else:
+            self.path = Path(path)
             with convert_reading_errors(str(path)):
                 self._open_source()
         # arrays in ``files`` replace arrays in the source with the same names
         self._member_of_array.update(path_of_name)
 
     def _open_source(self) -> None:
-        """Find the arrays in the file or folder."""
+        """Find the arrays in the folder or zip file. Leave the zip file open."""
         if self.path.is_dir():
             self._member_of_array = _find_files(self.path)
             return
@@ -290,7 +299,7 @@ class ArrayFiles(ExitStack):
             return StoredArray(location, handle, n_bytes, self.block_bytes)
 
     def _open_member(self, member: zipfile.ZipInfo, location: str) -> StoredArray:
-        is_encrypted = member.flag_bits & 1
+        is_encrypted = member.flag_bits & 1  # the lowest bit marks an encrypted entry
         # ``_zip`` is never None if there are members. The type checker needs the comparison.
         if self._zip is None or is_encrypted:
             raise DataError(f"{location} is encrypted. Write it again without a password.")
@@ -308,9 +317,9 @@ class ArrayFiles(ExitStack):
                 )
 
     def refuse_zip_bomb(self, name: str) -> None:
-        """Raise DataError if an array is far larger than the compressed array: a zip bomb."""
+        """Raise DataError if an array decompresses to far too many bytes."""
         member = self._member_of_array[name]
-        if isinstance(member, Path):
+        if isinstance(member, Path):  # the array is not compressed
             return
         max_bytes = max(SMALL_ARRAY_BYTES, MAX_COMPRESSION_RATIO * member.compress_size)
         if member.file_size > max_bytes:
@@ -334,7 +343,7 @@ def _lines_to_npy(file: Path) -> bytes:
         condition="no text",
     ):
         text = file.read_text(encoding="utf-8-sig").rstrip("\n")
-        lines = text.split("\n") if text else []
+        lines = text.split("\n") if text else []  # "".split("\n") would give an empty line
         entries = np.array(lines, dtype=np.str_)
     buffer = BytesIO()
     np.save(buffer, entries, allow_pickle=False)
@@ -347,7 +356,7 @@ def _find_files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
     for path in sorted(folder.iterdir()):
         if path.suffix != ".npy" or path.name.startswith("."):
             continue
-        # a pipe or a device is refused, because reading it may never end
+        # refuse a pipe or a device, because reading it may never end
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise DataError(f"{path} is no file.")
@@ -366,7 +375,9 @@ def _find_members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
         raise UsageError(
             f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files."
         )
-    with path.open("rb") as handle:  # is_zipfile(path) returns False if the file cannot be opened
+    # Open the file here, so that a file that cannot be opened raises an OSError.
+    # ``zipfile.is_zipfile(path)`` would return False instead.
+    with path.open("rb") as handle:
         is_zip_file = zipfile.is_zipfile(handle)
     if not is_zip_file:
         raise DataError(
@@ -409,7 +420,7 @@ def _require_characters(values: NDArray[Any], location: str) -> None:
     NumPy accepts any code. But UTF-8 cannot encode a surrogate, and no Python string can hold a
     code above ``sys.maxunicode``.
     """
-    # NumPy stores every character as a code with 32 bits
+    # NumPy stores every character as a code with 32 bits, in the array's byte order
     code_type = np.dtype("u4").newbyteorder(values.dtype.byteorder)
     codes = np.frombuffer(values.tobytes(), code_type)
     is_surrogate = (codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE)

@@ -59,7 +59,7 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 IMAGES_PER_PART = 4096  # default number of images per part
 SHARDS_PER_PART = 10  # default number of shards per part
-STORE_SIZE_RATIO = 1.05  # largest ratio between the store's size and the vectors' size
+STORE_SIZE_RATIO = 1.05  # the store's size, at most, as a multiple of the vectors' size
 
 LOCK_WAIT_SECONDS = 600.0
 """Seconds for which a process waits for a shared store's lock.
@@ -69,7 +69,8 @@ The wait is long, because the process with the lock may be embedding the class t
 
 # error message if both ``overwrite`` and ``shared`` are True
 SHARED_OVERWRITE_MESSAGE = (
-    "processes that share a store cannot replace it: each would undo the others' work. Remove it."
+    "processes that share a store cannot replace it: each would undo the others' work. Remove the "
+    "old store first."
 )
 
 logger = logging.getLogger(__name__)
@@ -81,16 +82,15 @@ class ExtraColumns:
     """A store's content in addition to the image and class embeddings.
 
     Attributes:
-        features: Whether to store the input to the image tower's last map (column ``features``). If
-            both towers' last maps are linear, both maps are also stored (columns
-            ``image_projection`` and ``text_projection``). If there is only one template, the input
-            to the text tower's last map is stored as well (column ``text_features``).
+        features: Whether to store the input to the image tower's last map, as the column
+            ``features``. If both towers' last maps are linear, both maps are also stored, as the
+            columns ``image_projection`` and ``text_projection``. If there is also only one
+            template, the input to the text tower's last map is stored as ``text_features``.
         views: Number of augmented views to embed for each image, as the column ``views``.
         seed: Seed for the views.
         prompts: Templates for embedding every class, as the column ``prompts``.
-        negatives: Words for what an image outside all classes may show (``everyday_words`` is a
-            list of such words). The words are embedded in the class templates, as the column
-            ``negatives``.
+        negatives: Words for things in images outside all classes, such as ``everyday_words``. The
+            words are filled into the class templates and embedded, as the column ``negatives``.
 
     Examples:
         >>> import vilu
@@ -136,9 +136,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
     If the images have captions, the captions are the candidates, and are stored, too.
 
-    The process can be killed at any moment. Finished parts stay, and the next run does the rest.
-    The store has the same bytes as without the kill. With V views per image, memory holds at most
-    (V + 1) ``batch_size`` images, and V + 1 embeddings for every image in a part.
+    The images are embedded in parts. Then the store is sealed: the manifest is written. After a
+    kill, the next run embeds the missing parts, and the store gets the same bytes. With V views,
+    memory holds at most (V + 1) ``batch_size`` images, and V + 1 embeddings per image in a part.
 
     Args:
         dataset: The images.
@@ -159,17 +159,17 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         split: Name of the split, recorded in the store.
         overwrite: Whether to replace a store in ``output``.
         executor: Does the parts in other processes. By default, this process does all parts.
-        shared: Whether other processes, here or elsewhere, call this function with the same
-            arguments at the same time. The last process seals the store. If False, this process
-            locks the store, and earlier failed attempts at parts are forgotten.
+        shared: Whether other processes, on any machine, call this function with the same arguments
+            at the same time. The last process seals the store. If False, this process locks the
+            store, and forgets which parts killed earlier processes.
 
     Returns:
-        The store, or None if the store is shared and some processes have not finished their parts.
+        The store, or None if the store is shared and other processes have not finished their parts.
 
     Raises:
         UsageError: If an argument is invalid, or ``output`` is no place for a store.
-        ProvenanceError: If ``output`` holds a store with different inputs. The message names them.
-        DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
+        ProvenanceError: If ``output`` holds a store with other inputs, named in the message.
+        DataError: If the data do not fit the names, too many images failed, or a shard is bad.
         StorageError: If reading or writing a file fails. Finished parts are intact.
         BusyError: If another process embeds into ``output``.
 
@@ -230,7 +230,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _check_folder(dataset: ImageDataset, root: Path, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder holds something else, or lies among the images."""
+    """Raise UsageError if a folder holds anything but a store, or lies among the images."""
     StoreLedger.check_folder(root, overwrite=overwrite)
     require_outside_listing(dataset, root)
 
@@ -265,7 +265,7 @@ class LossBudget:
     """The largest losses with which a store may still be sealed."""
 
     max_error_rate: float  # largest share of images that may fail
-    accepts_bad_shards: bool  # whether bad shards are accepted
+    accepts_bad_shards: bool  # whether shards are accepted that cannot be read to the end
 
 
 def _embed_alone(
@@ -276,7 +276,7 @@ def _embed_alone(
     *,
     overwrite: bool,
 ) -> None:
-    """Embed the missing parts and seal the store. The lock is held from beginning to end."""
+    """Embed the missing parts and seal the store, under the store's lock."""
     with StoreLedger.lock_folder(job.root):
         job = _begin_job(job, model, overwrite=overwrite)
         remove_attempt_marks(job.root)
@@ -294,14 +294,12 @@ def _embed_shared(
 
     Returns True if all parts are done. Then this process has sealed the store.
 
-    The lock is held at the beginning and at the end, but not while parts are embedded. So all
-    processes embed parts at the same time. But only one process begins the store, and only one
-    process seals the store.
+    The store's lock is held at the beginning and at the end, but not while parts are embedded. So
+    all processes embed parts at the same time. But they begin and seal the store one at a time.
     """
     with StoreLedger.lock_folder(job.root, wait_seconds=LOCK_WAIT_SECONDS):
         job = _begin_job(job, model, overwrite=False)
-        # Only sizes are checked. With ``check_hashes=True``, each of many processes would read all
-        # parts.
+        # check only the sizes, because for the hashes every process would have to read all parts
         missing_parts, receipts = job.ledger.check_parts(check_hashes=False)
         _prepare_store(job, missing_parts, model)
     _embed_parts(job, executor, missing_parts, receipts)
@@ -348,7 +346,7 @@ def _embed_parts(
 ) -> None:
     """Embed the missing parts, in this process or by an executor, and show the progress.
 
-    ``receipts`` are the receipts for the parts from earlier runs.
+    ``receipts`` are the receipts for the parts that are already done.
     """
     if receipts and missing_parts:
         n_done = len(receipts)
@@ -359,8 +357,8 @@ def _embed_parts(
     with track("embed", n_images, "images") as progress:
         progress.advance(sum(receipt.n_in for receipt in receipts))
         if executor is None:
-            # The loop makes the job embed all parts in order. The job shows the progress after each
-            # batch. The job's receipts are not needed here.
+            # The job shows the progress itself, after each batch. The loop only drives the job: the
+            # receipts are not needed here.
             for _ in job.process_all(part_numbers, progress):
                 pass
             return
@@ -399,7 +397,8 @@ def _candidate_settings(
         raise DataError("names must have at least one class name. Got none.")
     # each word once, in the user's order
     negative_words = tuple(dict.fromkeys(columns.negatives))
-    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
+    # For the type checker: ``check_class_names`` returns None only if the names are None, so
+    # ``or ()`` is never needed.
     return {
         "names": check_class_names(names, n_candidates=len(names)) or (),
         "templates": TEMPLATES["default"] if templates is None else templates,
@@ -438,17 +437,20 @@ def plan_run(
         **unit_counts,
         "captions": dataset.captioned,
         "folders": dataset.class_names,
-        "outside": getattr(dataset, "outside", ()),
+        "outside": getattr(dataset, "outside", ()),  # not every data set has this attribute
         "space": asdict(space),
         "part_size": default_part_size if part_size is None else part_size,
         **settings,
     }
-    base_name = Path(dataset.source).name
+    base_name = Path(dataset.source).name  # empty for a source such as "/" or "."
     return make_run(inputs, base_name or dataset.source)
 
 
 def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
-    """Return the run with the inputs ``settings``. ``dataset_name`` becomes ``Run.dataset``."""
+    """Return the run for ``settings``, the values of the fields in ``StoreInputs``.
+
+    ``dataset_name`` becomes ``Run.dataset``.
+    """
     try:
         inputs = StoreInputs.model_validate(settings)
     except ValidationError as error:
@@ -465,12 +467,13 @@ def make_run(settings: Mapping[str, object], dataset_name: str) -> Run:
 
 
 TextAndColumns = tuple[Tensor, Mapping[ClassColumn, Tensor]]
-"""Text embeddings (K, D) for the classes, and the class and model columns."""
+"""Text embeddings (K, D) for the classes, and the class and model columns by name."""
 
 
 def encode_classes(backbone: Backbone, run: Run) -> TextAndColumns:
     """Compute the text embeddings for a run's classes, and the class and model columns."""
-    text = require_usable_rows(embed_class_names(backbone, run.names, run.templates), "class text")
+    class_texts = embed_class_names(backbone, run.names, run.templates)
+    text = require_usable_rows(class_texts, "class text")
     return text, class_columns(backbone, run)
 
 
@@ -507,7 +510,7 @@ def begin_run(
 
 
 def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> None:
-    """Raise StorageError unless the disk has space for the vectors, and 5 % for other files."""
+    """Raise StorageError unless the disk has space for vectors, and 5 % more for other files."""
     if run.shards:  # the number of images is unknown before the shards are read
         return
     n_rows = sum(len(part) for part in missing_parts)
@@ -545,8 +548,9 @@ def seal(ledger: StoreLedger, loss_budget: LossBudget) -> None:
     if not run.captions:
         class_table, _ = read_classes(ledger.root, run)
         classes_hash = class_table.hash
+    run_fields = {**dict(run), "n_in": n_in}  # with shards, the run does not know ``n_in``
     manifest = Manifest(
-        **{**dict(run), "n_in": n_in},
+        **run_fields,
         n_ok=n_ok,
         n_error=n_errors_of_kind.total(),
         errors=dict(sorted(n_errors_of_kind.items())),
@@ -566,8 +570,8 @@ def _check_losses(
 ) -> None:
     """Raise DataError if the losses exceed the budget. Warn of bad shards, or if there is no image.
 
-    A bad shard's error row represents an unknown number of images. Therefore such rows do not count
-    in the share of failed images.
+    A bad shard has a single error row for an unknown number of images. Therefore this row does not
+    count in the share of failed images.
 
     Args:
         ledger: The store's folder.
@@ -579,7 +583,8 @@ def _check_losses(
     n_image_errors_of_kind = Counter(n_errors_of_kind)
     for kind in SHARD_ERROR_KINDS:
         del n_image_errors_of_kind[kind]  # a Counter accepts a missing key
-    n_images = n_ok + n_image_errors_of_kind.total()
+    n_image_errors = n_image_errors_of_kind.total()
+    n_images = n_ok + n_image_errors
     bad_shards_sentence = _bad_shards_sentence(ledger, receipts)
     if bad_shards_sentence and not loss_budget.accepts_bad_shards:
         raise DataError(
@@ -587,7 +592,7 @@ def _check_losses(
             "shards again and repeat the command, which does only their parts again. Or accept the "
             "loss with --allow-bad-shards."
         )
-    if n_images and n_image_errors_of_kind.total() / n_images > loss_budget.max_error_rate:
+    if n_images and n_image_errors / n_images > loss_budget.max_error_rate:
         message = _too_many_errors_message(
             ledger.root, n_images, n_image_errors_of_kind, loss_budget.max_error_rate
         )
@@ -636,11 +641,11 @@ def _has_class_files(root: Path, run: Run) -> bool:
 def _too_many_errors_message(
     root: Path, n_images: int, n_errors_of_kind: Counter[str], max_error_rate: float
 ) -> str:
-    """Return the message about too many failed images, with a rate that accepts the failures."""
+    """Return the message about too many failed images, and the rate that would accept them."""
     n_error = n_errors_of_kind.total()
     error_rate = n_error / n_images
     kinds = ", ".join(f"{kind} {count}" for kind, count in n_errors_of_kind.most_common())
-    # rounded up, because a lower rate would fail again
+    # rounded up to 3 decimals, because a lower rate would refuse the store again
     sufficient_rate = math.ceil(error_rate * 1000) / 1000
     return (
         f"{n_error} of {n_images} images ({error_rate:.2%}) could not be embedded ({kinds}). At "

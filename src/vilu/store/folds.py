@@ -22,7 +22,8 @@ from vilu.store.unreadable import convert_damage_errors
 Fold = Literal["train", "validation", "test"]
 
 # Every caption has a fraction in [0, 1) (``fold_of``). A fraction below ``TRAIN_END`` means "train"
-# (60 % of all captions). A larger fraction below ``VALIDATION_END`` means "validation" (10 %).
+# (60 % of all captions). From there to ``VALIDATION_END`` it means "validation" (10 %), and above
+# it means "test" (30 %).
 TRAIN_END = 0.6
 VALIDATION_END = 0.7
 BLOCK_ROWS = 2**16  # number of captions read at a time
@@ -31,9 +32,9 @@ BLOCK_ROWS = 2**16  # number of captions read at a time
 def fold_of(caption: str) -> Fold:
     """Return a caption's fold.
 
-    The caption's BLAKE2b hash has 8 bytes. The hash is read as a whole number and divided by 2**64.
-    The result is a fraction in [0, 1). The fraction decides the fold. White space around the
-    caption is ignored.
+    The caption's BLAKE2b hash has 8 bytes. These are read as a whole number and divided by 2**64.
+    The result is a fraction in [0, 1), which decides the fold. White space around the caption is
+    ignored.
 
     Examples:
         >>> from vilu.store.folds import fold_of
@@ -57,7 +58,7 @@ def rows_of_fold(
     fold: Fold,
     n_rows: int,
 ) -> NDArray[np.int64]:
-    """Return the (M,) ascending row numbers whose caption is in a fold.
+    """Return the ascending numbers (M,) of the rows with a caption in a fold.
 
     A row without a caption is in the same fold as the caption "".
 
@@ -73,8 +74,8 @@ def rows_of_fold(
         for path, n_file_rows in metadata_files:
             for captions in read_captions(path, column_names, n_file_rows):
                 is_in_fold = [fold_of(caption or "") == fold for caption in captions]
-                index_in_block = np.flatnonzero(is_in_fold)
-                row_numbers.append(index_in_block + first_row)
+                indices_in_block = np.flatnonzero(is_in_fold)
+                row_numbers.append(indices_in_block + first_row)
                 first_row += len(captions)
                 task.advance(len(captions))
     return np.concatenate(row_numbers)

@@ -66,21 +66,30 @@ from vilu.validation import checked
 ROWS_PER_PART = 16_384  # default number of rows per part
 
 ARRAY_NAMES = (
-    *("image", "text", "logits", "target", "answer", "class_names", "ids"),
-    *("logit_scale", "logit_bias", *COLUMNS),
+    "image",
+    "text",
+    "logits",
+    "target",
+    "answer",
+    "class_names",
+    "ids",
+    "logit_scale",
+    "logit_bias",
+    *COLUMNS,
 )
 """Names of the arrays to read. In the source, an array may have a different name."""
 
 SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
-"""Arrays that belong to the embedding space."""
+"""Arrays with the numbers that describe the embedding space."""
 ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
 """Arrays with an entry for every image row."""
 # NumPy's type kinds, as letters (``dtype.kind``)
 NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
-MIB = 2**20
-MAX_LISTED_NAMES = 10  # maximum number of names in a message
+MIB = 2**20  # number of bytes in a MiB
+MAX_LISTED_NAMES = 10  # maximum number of class names or labels in a message
+MAX_LISTED_KEYS = 20  # maximum number of array names in a message
 
 logger = logging.getLogger(__name__)
 
@@ -123,14 +132,14 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     Args:
         source: An ``.npz`` file, or a folder of ``.npy`` files. None: all arrays are in ``files``.
         output: Folder for the store.
-        files: Array files, by the names above. A file is ``.npy``, or text (``.txt``, ``.csv``)
-            with an entry per line and no header.
+        files: Maps the names above to files. A file is ``.npy``, or text (``.txt``, ``.csv``) with
+            an entry per line and no header.
         logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP). None: the array is used.
         logit_bias: Added to every logit (0 except for SigLIP). None: the array is used.
         keys: Array names in the source, if different from the names above. For example,
             {"image": "embeddings"} reads ``image`` from the array "embeddings".
         class_names: K names, instead of the array ``class_names``.
-        outside: Class names to leave out, or values in ``target`` beyond the classes. Rows with
+        outside: Names of classes to leave out, or values in ``target`` that are no class. Rows with
             these targets get the target ``vilu.OUTSIDE``.
         model: Name of the model that made the embeddings, if known. Stores from different models
             cannot be combined.
@@ -145,8 +154,9 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
     Raises:
         UsageError: If an argument is invalid, if the scale or the bias is neither an argument nor
             in the source, or if ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store with different inputs. The message names them.
-        DataError: If an array is missing, damaged or of Python objects, or does not fit the rest.
+        ProvenanceError: If ``output`` holds a store with other inputs, named in the message.
+        DataError: If an array is missing, damaged or of Python objects, or does not fit the other
+            arrays. Also if too many rows are unusable.
         StorageError: If reading or writing a file fails. Finished parts are intact.
         BusyError: If another process writes to ``output``.
 
@@ -202,9 +212,9 @@ def _require_shapes(source_arrays: SourceArrays, run: Run) -> None:
 
 @dataclass
 class SourceArrays:
-    """A source's open arrays. Everything is checked except the numbers in the image rows.
+    """A source's open arrays. All arrays are checked, except the numbers in the image rows.
 
-    ``read_part`` reads and checks a part's rows.
+    ``read_part`` reads and checks a part's image rows.
     """
 
     array_files: ArrayFiles  # the files with the arrays
@@ -214,7 +224,7 @@ class SourceArrays:
     class_names: tuple[str, ...]  # names of the K classes
     text: Tensor  # (K, D) float32 unit-norm text embeddings
     class_columns: dict[ClassColumn, Tensor]  # class and model columns
-    outside: tuple[str, ...]  # names of left-out classes, and targets beyond the classes
+    outside: tuple[str, ...]  # names of left-out classes, and targets that are no class
     norm_summary: NormSummary = field(default_factory=NormSummary)  # norms of the rows read so far
     # (N,) answers by another model, as class numbers. None: there are no answers.
     answer: NDArray[np.int64] | None = None
@@ -267,7 +277,8 @@ class SourceArrays:
     ) -> Literal["float16", "float32"]:
         """Return the number format of the stored rows: ``user_format`` if given.
 
-        By default, the rows have the images' number format. Logits are always float32.
+        By default, float16 images are stored as float16, all other images as float32. Logits are
+        always stored as float32.
         """
         if LOGITS in self.opened_arrays:
             if user_format == "float16":
@@ -316,7 +327,7 @@ class SourceArrays:
     def fingerprint(self) -> str:
         """Return a hash of all arrays except scale and bias.
 
-        The fingerprint of the embedding space has scale and bias already.
+        Scale and bias are in the embedding space, which is another input of the run.
         """
         hashed_arrays = {
             name: array for name, array in self.opened_arrays.items() if name not in SPACE_ARRAYS
@@ -348,12 +359,12 @@ class SourceArrays:
             # have any norm, so there is no warning about features.
             if LOGITS not in self.opened_arrays:
                 self.norm_summary += norm_summary
-        # the run's fingerprint is of the arrays as they were before the first part
+        # the run's fingerprint describes the arrays as they were before the first part
         self.array_files.require_unchanged()
         content = self._metadata_and_errors(part, status)
         is_usable = torch.from_numpy(status == VALID)
         for name, rows in rows_of_array.items():
-            # ``PartContent`` has a block list for each array. Here, a single block has all rows.
+            # ``PartContent`` has a list of blocks for each array. Here, one block has all rows.
             content.array_blocks[name] = [rows[is_usable]]
         return content
 
@@ -408,11 +419,11 @@ def _error_row(position: int, key: str, kind: str) -> ErrorRow:
 
 
 def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], NormSummary]:
-    """Normalise a row block, unless the column ``name`` may have any norm.
+    """Normalise a block of rows from the array ``name``, unless the array may have any norm.
 
     Returns the rows to be stored, each image's status code, and a summary of the original norms.
-    The summary is empty if the column may have any norm. An image with several views gets the
-    views' highest status code.
+    The summary is empty if the array may have any norm. An image with several views gets the
+    highest status code of its views.
     """
     may_have_any_norm = name in UNNORMALISED_COLUMNS
     if name == LOGITS:
@@ -425,11 +436,11 @@ def _normalise(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8
         status_of_rows = np.where(is_finite.numpy(), VALID, NONFINITE)
         return rows, status_of_rows.astype(np.uint8), NormSummary()
     # in ``rows``, every view of an image is a row
-    rows, status, norm_summary = normalise_rows(rows)
+    unit_rows, status, norm_summary = normalise_rows(rows)
     status_of_views = status.reshape(len(block), -1)
-    # VALID is the smallest code, so an image is valid only if all the image's views are valid
+    # VALID is the smallest code, so an image is valid only if all its views are valid
     status_of_images = status_of_views.max(axis=1, initial=VALID)
-    return rows.view(block.shape), status_of_images, norm_summary
+    return unit_rows.view(block.shape), status_of_images, norm_summary
 
 
 def _read_source(
@@ -513,7 +524,8 @@ def _read_texts(
     """
     image_array = opened_arrays["image"]
     text_array = opened_arrays["text"]
-    text = require_usable_rows(text_array.read_whole(), "text")[text_rows]
+    all_texts = require_usable_rows(text_array.read_whole(), "text")
+    text = all_texts[text_rows]
     image_width = _embedding_width(opened_arrays)
     if text.shape[1] != image_width:
         raise DataError(
@@ -540,16 +552,15 @@ def _read_answers(
     """
     if array is None:
         return None
-    answers = _read_targets(array, n_rows)
+    answers = _read_targets(array, n_rows)  # answers have the same form as targets
     values = answers.values
     if values.dtype.kind in WHOLE_KINDS:
         # numbers in the source become names, because the store may number the classes anew
         class_numbers = check_answers(
             values, n_rows=len(values), class_names=None, n_candidates=len(source_names)
         )
-        values = np.array(
-            [source_names[number] for number in class_numbers.tolist()], dtype=np.str_
-        )
+        names_of_values = [source_names[number] for number in class_numbers.tolist()]
+        values = np.array(names_of_values, dtype=np.str_)
     class_of_value = check_answers(
         values, n_rows=len(values), class_names=store_names, n_candidates=len(store_names)
     ).numpy()
@@ -558,7 +569,7 @@ def _read_answers(
 
 
 class StoreClasses(NamedTuple):
-    """The store's K classes, and the rows' targets among these classes."""
+    """The store's K classes, and each row's target as a class number in the store."""
 
     names: tuple[str, ...]  # class names
     text_rows: Tensor  # (K,) for each class, the row number in the array ``text``
@@ -570,7 +581,7 @@ def _classes_with_logits(
 ) -> StoreClasses:
     """Return the classes for a source with logits: all classes in ``source_names``.
 
-    Each class must have a logit column, and no class can be left out. So the labels in ``outside``
+    Each class must have a column of logits. No class can be left out, so the labels in ``outside``
     must not be classes.
     """
     n_logits = logits.shape[1]
@@ -587,7 +598,8 @@ def _classes_with_logits(
         )
     require_distinct_names(source_names)
     target = _index_targets(targets, source_names, outside)
-    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
+    # For the type checker: ``check_class_names`` returns None only if the names are None, so
+    # ``or ()`` is never needed.
     checked_names = check_class_names(source_names, n_candidates=len(source_names)) or ()
     text_rows = torch.arange(len(source_names))
     return StoreClasses(checked_names, text_rows=text_rows, target=target)
@@ -604,10 +616,10 @@ def _require_matrix(array: StoredArray) -> None:
 
 
 def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, StoredArray]:
-    """Open a source's arrays, and return a dictionary from names to open arrays.
+    """Open a source's arrays, and return each open array by its name in ``ARRAY_NAMES``.
 
-    The names are the names in ``ARRAY_NAMES``. An array's key is the array's name in the source.
-    ``keys`` maps names to keys. For an array without an entry in ``keys``, name and key are equal.
+    An array's key is the array's name in the source. ``keys`` maps names to keys. For an array
+    without an entry in ``keys``, name and key are equal.
     """
     unknown_names = sorted(keys.keys() - set(ARRAY_NAMES))
     if unknown_names:
@@ -630,8 +642,8 @@ def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, Sto
             ", ".join(unused_keys),
         )
     for name, key in used_keys.items():
-        # Embeddings never compress very well. So an embedding array is refused if the compressed
-        # array is very small. Arrays with a number or text per row may compress very well.
+        # Embeddings never compress very well. So an array of embeddings is refused if the
+        # compressed array is very small. An array with one number or text per row may be small.
         if name not in {"target", "answer", "ids"}:
             array_files.refuse_zip_bomb(key)
     opened_arrays = {name: array_files.open(key) for name, key in used_keys.items()}
@@ -644,8 +656,7 @@ def _open_arrays(array_files: ArrayFiles, keys: dict[str, str]) -> dict[str, Sto
 def _adapt_keys_to_logits(array_files: ArrayFiles, key_of_name: dict[str, str]) -> None:
     """Change ``key_of_name`` for a source with logits. Such a source must have no texts.
 
-    With logits, the array ``features`` has the rows' vectors. So ``features`` is read as ``image``,
-    unless there is an array ``image``.
+    Unless there is an array ``image``, the array ``features`` is read as ``image``.
     """
     if key_of_name["text"] in array_files.names:
         raise DataError(
@@ -654,7 +665,7 @@ def _adapt_keys_to_logits(array_files: ArrayFiles, key_of_name: dict[str, str]) 
         )
     if key_of_name["image"] not in array_files.names:
         key_of_name["image"] = key_of_name["features"]
-        key_of_name["features"] = ""  # no array has this key, so nothing is read as ``features``
+        key_of_name["features"] = ""  # no array has this key, so ``features`` is not read twice
 
 
 def _require_keys(
@@ -672,7 +683,8 @@ def _require_keys(
         return
     missing_key = missing_keys[0]
     name = next(name for name, key in key_of_name.items() if key == missing_key)
-    existing_keys = ", ".join(repr(key) for key in array_files.names[:20]) or "none"
+    shown_keys = [repr(key) for key in array_files.names[:MAX_LISTED_KEYS]]
+    existing_keys = ", ".join(shown_keys) or "none"
     raise DataError(
         f"{array_files.path} has no array {missing_key!r}; it has {existing_keys}. If the array "
         f"has another name there, give --key {name}=NAME."
@@ -684,7 +696,7 @@ def _check_columns(opened_arrays: Mapping[str, StoredArray], width: int) -> None
 
     ``width`` is the embedding width.
     """
-    # maps an array name to the number of dimensions and the meaning
+    # array name -> number of dimensions, and what the array must be
     expected_arrays = {"text": (2, "(K, D) embeddings of the candidates"), **COLUMNS}
     for name, (n_dims, meaning) in expected_arrays.items():
         if name not in opened_arrays:
@@ -742,15 +754,16 @@ def _check_ids(array: StoredArray | None, n_rows: int) -> None:
         hashes_of_block = hash_names(array_to_texts(block, array.location))
         hashes_of_blocks.append(hashes_of_block)
     hashes = np.concatenate(hashes_of_blocks)
-    # After sorting, equal hashes are neighbours.
+    # after sorting, equal hashes are neighbours
     order = np.argsort(hashes, kind="stable")
     sorted_hashes = hashes[order]
-    equals_next = np.flatnonzero(sorted_hashes[:-1] == sorted_hashes[1:])
-    shares_hash = np.union1d(equals_next, equals_next + 1)  # positions in ``order``
+    equals_next = sorted_hashes[:-1] == sorted_hashes[1:]
+    positions = np.flatnonzero(equals_next)
+    repeated_positions = np.union1d(positions, positions + 1)  # both neighbours of each pair
     # Different identifiers can have the same hash. So the identifiers of these rows are read, and
     # each identifier is compared with all identifiers read before.
     row_of_identifier: dict[str, int] = {}
-    for row in order[shares_hash].tolist():
+    for row in order[repeated_positions].tolist():
         identifier = _read_identifier(array, row)
         if identifier in row_of_identifier:
             raise DataError(
@@ -769,7 +782,7 @@ def _read_identifier(array: StoredArray, row: int) -> str:
 
 
 class Targets(NamedTuple):
-    """Targets in the source's form. Every distinct target is in memory only once."""
+    """The rows' targets, as in the source. Every distinct target is in memory only once."""
 
     values: NDArray[Any]  # distinct targets, sorted: whole numbers or names
     index_of_row: NDArray[np.int64]  # (N,) for each row, the target's index in ``values``
@@ -778,7 +791,7 @@ class Targets(NamedTuple):
 def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
     """Read the targets of ``n_rows`` rows in blocks. Without an array, all are unknown."""
     if array is None:
-        n_values = min(n_rows, 1)  # all rows share one value, and without rows there is none
+        n_values = min(n_rows, 1)  # one value for all rows, or no value if there are no rows
         unknown_target = np.full(n_values, UNKNOWN, np.int64)
         index_of_row = np.zeros(n_rows, np.int64)
         return Targets(unknown_target, index_of_row)
@@ -802,14 +815,14 @@ def _read_targets(array: StoredArray | None, n_rows: int) -> Targets:
 
 
 def _join_targets(targets_of_blocks: Sequence[Targets]) -> Targets:
-    """Join the targets from consecutive row blocks."""
+    """Join the targets from consecutive blocks of rows."""
     if not targets_of_blocks:
         empty = np.empty(0, np.int64)
         return Targets(values=empty, index_of_row=empty)
     all_values = np.unique(np.concatenate([targets.values for targets in targets_of_blocks]))
     index_of_row: list[NDArray[np.int64]] = []
     for targets in targets_of_blocks:
-        # for each value in the block, the index among the values in all blocks
+        # for each value in the block, the index in ``all_values``
         new_index_of_value = np.searchsorted(all_values, targets.values)
         index_of_row.append(new_index_of_value[targets.index_of_row])
     joined_index = np.concatenate(index_of_row)
@@ -836,12 +849,13 @@ def _classes_with_texts(
     label_of_class[kept_classes] = np.arange(len(kept_classes))
     target = _index_targets(targets, source_names, outside)
     is_class = target >= 0
-    target[is_class] = label_of_class[target[is_class]]
-    # ``text`` has a row for every name, or only a row for every remaining class
+    source_classes = target[is_class]
+    target[is_class] = label_of_class[source_classes]
+    # ``text`` has a row for every name, or only for every remaining class
     has_text_per_name = n_texts == len(source_names)
     text_rows = torch.tensor(kept_classes if has_text_per_name else range(n_texts))
     remaining_names = [source_names[number] for number in kept_classes]
-    # ``check_class_names`` returns None only for None. ``or ()`` tells this to the type checker.
+    # for the type checker: the names are not None, so ``or ()`` is never needed
     checked_names = check_class_names(remaining_names, n_candidates=len(kept_classes)) or ()
     return StoreClasses(checked_names, text_rows=text_rows, target=target)
 
@@ -849,7 +863,7 @@ def _classes_with_texts(
 def _index_targets(
     targets: Targets, source_names: tuple[str, ...], outside: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Return targets (N,) int64: index in ``source_names``, -1 (unknown) or -2 (beyond names)."""
+    """Return targets (N,) int64: index in ``source_names``, -1 (unknown) or -2 (no class)."""
     index_of_name: dict[str, int] = {}
     for i, name in enumerate(source_names):
         index_of_name.setdefault(name, i)  # a repeated name keeps the first index
@@ -868,8 +882,8 @@ def _require_used_labels(
     """Raise UsageError if a label in ``labels_outside`` is the target of no row."""
     known_labels = {"", *source_names}
     known_numbers = range(len(source_names))
-    labels_beyond_classes: list[str] = []  # targets beyond the classes
-    for value in targets.values.tolist():
+    labels_beyond_classes: list[str] = []  # targets that are no class
+    for value in targets.values.tolist():  # all values are names, or all are numbers
         if value not in known_labels and value not in known_numbers:
             labels_beyond_classes.append(str(value))
     unused_labels = [label for label in labels_outside if label not in labels_beyond_classes]
@@ -890,12 +904,12 @@ def _require_used_labels(
 def _indices_of_names(
     values: Sequence[str], index_of_name: Mapping[str, int], labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return each name's index (n,): -1 for "" (unknown), -2 for a label outside.
+    """Return each value's index (n,): -1 for "" (unknown), -2 for a label in ``labels_outside``.
 
     Args:
         values: Names from the source.
         index_of_name: Maps class names to indices.
-        labels_outside: Labels beyond the classes.
+        labels_outside: Labels that are no class and that the user has named.
     """
     index_of_value = {"": UNKNOWN, **index_of_name, **dict.fromkeys(labels_outside, OUTSIDE)}
     for value in values:
@@ -913,11 +927,11 @@ def _indices_of_names(
 def _indices_of_numbers(
     values: NDArray[Any], n_classes: int, labels_outside: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Check whole-number targets and return the targets (n,), with -2 for every label outside."""
+    """Check and return whole-number targets (n,), with -2 for the labels in ``labels_outside``."""
     is_label_outside = np.array([str(value) in labels_outside for value in values.tolist()], bool)
     is_checked = ~is_label_outside
     n_checked = int(is_checked.sum())
-    # ``is_outside`` marks the targets with -2 in the source
+    # ``is_outside`` marks the targets that are -2 in the source
     target, is_outside = check_targets(values[is_checked], n_rows=n_checked, n_candidates=n_classes)
     indices = np.full(len(values), OUTSIDE, np.int64)
     checked_indices = torch.where(is_outside, OUTSIDE, target)
@@ -977,6 +991,7 @@ def _plan_run(
     source_path, _, _ = source_arrays.row_array.location.partition(", array ")
     path = Path(source_path)
     source = path.parent if path.suffix == ".npy" else path
+    # the folder "." has no name, so then the data set is named after the file
     return make_run(inputs, source.name or path.stem)
 
 
@@ -990,8 +1005,7 @@ def _write_store(
         ledger = StoreLedger(root, run)
         missing_parts, receipts = ledger.check_parts()
         if missing_parts:
-            # A manifest states that all parts are done. So the manifest is removed before the first
-            # part is written.
+            # a manifest states that all parts are done, so remove it before writing a part
             ledger.unseal()
             require_disk_space(root, run, missing_parts)
         else:

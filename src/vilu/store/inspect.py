@@ -37,7 +37,7 @@ BLOCK_ROWS = 8192  # number of rows checked at a time
 
 @dataclass
 class StoreReport:
-    """Facts about a store from ``inspect``, with all damage found."""
+    """Facts about a store, with all damage found. ``inspect`` returns such a report."""
 
     store: str  # folder name
     # whether the store has a manifest, and so is complete and within the error budget
@@ -46,17 +46,17 @@ class StoreReport:
     parts: int  # number of parts, done or not
     deep: bool  # whether all files' contents were checked
     parts_done: int = 0  # number of finished parts
-    n_in: int = 0  # number of images in these parts
-    n_ok: int = 0  # number of rows in these parts
-    n_error: int = 0  # number of failed images in these parts
-    errors: Counter[str] = field(default_factory=Counter)  # number of failed images by kind
-    # number of rows by label kind: a class ("inside"), outside all classes ("outside"), or
-    # "unknown"
+    n_in: int = 0  # number of images in the finished parts
+    n_ok: int = 0  # number of rows in the finished parts
+    n_error: int = 0  # number of failed images in the finished parts
+    errors: Counter[str] = field(default_factory=Counter)  # error kind -> number of failed images
+    # label kind -> number of rows. The kinds are "inside" (a class), "outside" (outside all
+    # classes) and "unknown".
     labels: Counter[str] = field(default_factory=Counter)
     # column name -> shape of the column, or for an image column the row shape
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0  # size on disk of the finished parts
-    # a sentence for each damage, empty if nothing is damaged
+    # a sentence for each problem found, empty if nothing is damaged
     problems: list[str] = field(default_factory=list)
 
     def add(self, receipt: Receipt) -> None:
@@ -70,7 +70,7 @@ class StoreReport:
 
     @contextmanager
     def catch_problem(self) -> Iterator[None]:
-        """Add the message to ``problems`` if an error ends the block. The error is not raised."""
+        """Return a context manager: an error in the block is added to ``problems``, not raised."""
         try:
             yield
         except ViLUError as error:
@@ -145,6 +145,7 @@ class StoreReport:
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as plain JSON values."""
+        # ``asdict`` makes no plain JSON values from counters and from the run
         counts = {"errors": dict(self.errors), "labels": dict(self.labels)}
         return {**asdict(self), "run": self.run.model_dump(mode="json"), **counts}
 
@@ -152,8 +153,8 @@ class StoreReport:
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     """Describe a store, complete or not. Damage is listed in the report.
 
-    If ``deep`` is True, all files are read. Then hashes, norms, labels and keys are checked. A
-    further check is that every image is either a row or an error.
+    If ``deep`` is True, all files are read, to check their hashes, the norms, labels and keys, and
+    that every image is either a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)
@@ -190,7 +191,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part and the part's damage to the report. Raise an error found in the receipt."""
+    """Add a part and the part's damage to the report. Raise an error if the receipt is damaged."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:
@@ -219,7 +220,7 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
 
 
 def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
-    """Yield a sentence for each error in a part's content."""
+    """Yield a sentence for each problem in a part's content."""
     run = ledger.run
     for name, row_shape in run.row_shapes.items():
         path = ledger.root / part.array_file(name)
@@ -232,7 +233,7 @@ def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterato
     errors_path = ledger.root / part.errors_file
     row_table = read_columns(metadata_path, metadata_schema(run), column_names, receipt.n_ok)
     error_table = read_columns(errors_path, ERROR_SCHEMA, ["position", "kind"], receipt.n_error)
-    part_text = f"part {part.number} ({metadata_path}, {errors_path})"  # for the sentences
+    part_text = f"part {part.number} ({metadata_path}, {errors_path})"  # begins each sentence
     row_positions = row_table["position"].to_numpy()
     error_positions = error_table["position"].to_numpy()
     all_positions = np.union1d(row_positions, error_positions)

@@ -1,4 +1,4 @@
-"""Embed a store's parts. A part is given up after several processes have died in the part."""
+"""Embed a store's parts. After several processes have died in a part, give the part up."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ GIVE_UP_MESSAGE = (
 
 
 def count_attempts(root: Path, part: Part) -> int:
-    """Return the number of processes with a mark on a part.
+    """Return the number of marks on a part.
 
-    Such a process died while working on the part, or is still at work. A process removes the mark
-    after finishing the part, or after an exception.
+    A process puts a mark on a part before the work. After finishing the part, or after an
+    exception, the process removes the mark. So for each mark, a process has died while working on
+    the part, or is still at work.
     """
     path = root / part.attempts_file
     with convert_os_errors(f"cannot read {path}"):
@@ -60,7 +61,7 @@ def count_attempts(root: Path, part: Part) -> int:
 
 
 def remove_attempt_marks(root: Path) -> None:
-    """Remove the marks on all parts. Meanwhile, no other process may be at work on the store."""
+    """Remove the marks on all parts. No other process may be at work on the store."""
     folder = root / "attempts"
     with convert_os_errors(f"cannot clean {folder}"):
         if not folder.is_dir():
@@ -70,7 +71,7 @@ def remove_attempt_marks(root: Path) -> None:
 
 
 class AttemptMarks:
-    """The marks by this process on all parts begun by this process (``count_attempts``).
+    """This process's marks on the parts that this process has begun (see ``count_attempts``).
 
     At the end of the ``with`` block, the marks are removed. If the process dies in the block, the
     marks stay.
@@ -107,38 +108,48 @@ class AttemptMarks:
         self._marked_parts.discard(part)
 
 
-def given_up_content(run: Run, part: Part, dataset: ImageDataset, *, may_list: bool) -> PartContent:
+def given_up_content(
+    run: Run, part: Part, dataset: ImageDataset, *, can_list_images: bool
+) -> PartContent:
     """Return the content of a given-up part: error rows, and no embeddings.
 
-    If ``may_list`` is True, the images are listed but not read. Every image gets an error row with
-    the kind "crash" and the image key. If ``may_list`` is False, the images are not listed, because
-    a process died while listing these images. Then, and also if listing raises an exception, the
-    images are not known:
-
-    - If parts are made of images, every position gets an error row with the kind "crash".
-    - If parts are made of shards, every shard gets a single error row with the kind "bad_shard",
-      because the image count in the shard is unknown.
+    If ``can_list_images`` is True, the images are listed but not read. Every image gets an error
+    row with the kind "crash" and the image key. If listing raises an exception, or if
+    ``can_list_images`` is False because a process died while listing the images, the images are
+    unknown. Then the keys in the error rows are made from positions or shard numbers.
     """
-    if may_list:
+    if can_list_images:
         try:
             records = records_with_positions(run, part, dataset)
-            return _error_rows("crash", [(position, record.key) for position, record in records])
+            positions_and_keys = [(position, record.key) for position, record in records]
+            return _content_of_errors("crash", positions_and_keys)
         # Listing may raise any exception, because these files have killed workers, and the reader
-        # may be a plugin. The exception is logged, and all other parts are still done.
+        # may be a plugin. The exception is only logged, so that the other parts are still done.
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error
             )
+    return _content_without_keys(run, part)
+
+
+def _content_without_keys(run: Run, part: Part) -> PartContent:
+    """Return the content of a given-up part with unknown images: error rows, and no embeddings.
+
+    If parts are made of images, every position gets an error row with the kind "crash". If parts
+    are made of shards, every shard gets a single error row with the kind "bad_shard", because the
+    image count in the shard is unknown.
+    """
     positions = possible_positions(run, part)
     if run.shards:
         # the first position of every shard in the part
         first_positions = positions[::POSITIONS_PER_SHARD]
         shards = [(start, f"shard {start // POSITIONS_PER_SHARD}") for start in first_positions]
-        return _error_rows("bad_shard", shards)
-    return _error_rows("crash", [(position, f"image {position}") for position in positions])
+        return _content_of_errors("bad_shard", shards)
+    images = [(position, f"image {position}") for position in positions]
+    return _content_of_errors("crash", images)
 
 
-def _error_rows(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartContent:
+def _content_of_errors(kind: str, positions_and_keys: Sequence[tuple[int, str]]) -> PartContent:
     """Return the content of a part with an error row for each position, and no embeddings."""
     content = PartContent()
     for position, key in positions_and_keys:
@@ -160,7 +171,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A model's name and options, so that each worker process can load the model once.
+    """A model's name and options, with which each worker process loads the model once.
 
     The fields are parameters of ``load_backbone``.
     """
@@ -206,7 +217,7 @@ class EmbedJob:
 
     @cached_property
     def ledger(self) -> StoreLedger:
-        """The store's folder, with finished parts and missing parts."""
+        """The ledger, which reads and writes the parts in the store's folder."""
         return StoreLedger(self.root, self.run, self.dataset)
 
     def process(self, part: int) -> Receipt:
@@ -227,7 +238,7 @@ class EmbedJob:
         """
         if progress is None:
             progress = SilentProgress()
-        untried_parts: list[Part] = []  # parts to embed together, in order
+        untried_parts: list[Part] = []  # parts without marks, to embed together in order
         for part_number in parts:
             part = self.ledger.parts[part_number]
             receipt_or_reason = self.ledger.receipt_or_reason(part)
@@ -242,7 +253,7 @@ class EmbedJob:
             if isinstance(receipt_or_reason, Receipt):
                 receipt = receipt_or_reason
             elif n_deaths < MAX_ATTEMPTS:
-                # alone, so that no other part has a mark if this process dies, too
+                # Embedded alone. So if this process dies, too, no other part has a mark.
                 yield from self._embed([part], progress)
                 continue
             else:
@@ -252,7 +263,7 @@ class EmbedJob:
         yield from self._embed(untried_parts, progress)
 
     def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
-        """Embed parts in order, and yield each receipt right after the writing."""
+        """Embed parts in order. Yield each part's receipt right after the part is written."""
         if not parts:
             return
         backbone = self._load_backbone()
@@ -278,10 +289,10 @@ class EmbedJob:
                     batch_size=self.batch_size,
                     shard_fingerprint=shard_fingerprints[part.number],
                 )
-                # The mark is removed after the receipt is written. If the process dies in between,
-                # a finished part keeps a mark, and this mark is ignored. In the opposite order, a
-                # part could kill every process during the writing. Such a part would have no mark,
-                # and would be tried for ever.
+                # The mark is removed only after the part is written. In the opposite order, a part
+                # whose writing kills every process would have no mark, and would be tried for ever.
+                # If this process dies before the removal, the finished part keeps a mark. Such a
+                # mark is ignored.
                 marks.remove(part)
                 self._log_part(part, receipt, content)
                 self._log_animated(content)
@@ -318,7 +329,7 @@ class EmbedJob:
             ProvenanceError: If embeddings or answers differ too much.
         """
         decoder_with_views = self._decoder(backbone)
-        decoder = replace(decoder_with_views, views=None)
+        decoder = replace(decoder_with_views, views=None)  # only the whole photos are compared
 
         def first_pixels() -> Iterator[Tensor]:
             for part in self.ledger.parts[:1]:  # the first part, if there is any
@@ -393,7 +404,7 @@ class EmbedJob:
             shard_fingerprint = self.ledger.shard_fingerprint(part)
             listing_killed_process = n_deaths > MAX_ATTEMPTS
             content = given_up_content(
-                self.run, part, self.dataset, may_list=not listing_killed_process
+                self.run, part, self.dataset, can_list_images=not listing_killed_process
             )
             receipt = self.ledger.write_part(
                 part,
@@ -416,10 +427,9 @@ class EmbedJob:
 class Executor(Protocol):
     """An object that decides where and when a job's parts are done.
 
-    The job decides a part's content. ``EmbedJob.process`` is deterministic and idempotent. So an
-    executor may do a part twice, even at the same time. ``EmbedJob.process`` also gives up a part
-    after several processes have died. So if a worker dies, an executor only has to try the part
-    again.
+    The job decides a part's content. ``EmbedJob.process`` is deterministic and idempotent, so an
+    executor may do a part twice, even at the same time. If a worker dies, an executor only has to
+    try the part again, because ``EmbedJob.process`` gives up a part after several deaths.
     """
 
     name: str
@@ -427,6 +437,6 @@ class Executor(Protocol):
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """Yield the receipt for each part as soon as the part is done, in any order.
 
-        ``parts`` are the part numbers. If several processes share the work, a process's executor
-        does only the parts for this process.
+        ``parts`` are the part numbers. If several processes share the work, each process has its
+        own executor, which does only this process's parts.
         """

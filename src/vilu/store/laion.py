@@ -43,6 +43,7 @@ FOLDER_NAMES = (("img_emb", "text_emb"), ("images", "texts"))
 # names of the image file and the caption file for a single shard
 FILE_NAMES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
 METADATA_FOLDER = "metadata"  # name of the metadata folder
+MAX_LISTED_ENTRIES = 8  # maximum number of file names in a message
 
 LAYOUTS = (
     "img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy, images/*.npy + texts/*.npy, "
@@ -61,7 +62,7 @@ class Shard:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """Shape (n, D), from all files' headers. ProvenanceError if the files disagree."""
+        """Shape (n, D) from all files' headers. Raises ProvenanceError if the files disagree."""
         n_images, image_width = map_matrix(self.image_file).shape
         n_texts, text_width = map_matrix(self.text_file).shape
         n_rows_of_file = {self.image_file: n_images, self.text_file: n_texts}
@@ -173,7 +174,7 @@ def _require_partners(
         if not missing_numbers:
             continue
         number = missing_numbers[0]
-        # another folder has a file with this number, because the number occurs in a folder
+        # every number in ``numbers`` occurs in a folder, so another folder has this file
         partner = next(files[number] for files in files_of_folder.values() if number in files)
         raise DataError(
             f"{base_folder / folder} has no file with number {number}, the partner of {partner}. "
@@ -198,7 +199,7 @@ def _find_base_folder(root: Path) -> tuple[Path, str, str]:
             if (folder / image_folder).is_dir() and (folder / text_folder).is_dir():
                 base_folders.append((folder, image_folder, text_folder))
     if not base_folders:
-        names = ", ".join(path.name for path in entries[:8]) or "nothing"
+        names = ", ".join(path.name for path in entries[:MAX_LISTED_ENTRIES]) or "nothing"
         raise DataError(
             f"{root} holds no embeddings that vilu knows. Found {names}. Expected a store, or "
             f"{LAYOUTS}."
@@ -217,7 +218,7 @@ def _numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
     for path in _sorted_entries(folder):
         if path.suffix != suffix or path.name.startswith("."):
             continue
-        match = re.search(r"[0-9]+$", path.stem)
+        match = re.search(r"[0-9]+$", path.stem)  # such as "0000" in "img_emb_0000"
         if match is None or not path.is_file():
             raise DataError(
                 f"{path} must be a file with a number at the end of its name, by which it is "
@@ -244,15 +245,16 @@ def _sorted_entries(folder: Path) -> list[Path]:
 CAPTION_COLUMNS = ("caption", "TEXT")
 """Names of the caption column in the metadata: clip-retrieval's name, and LAION's."""
 
-# Maximum number of values in a row block. A thread checks one block at a time. A block takes 4 MiB
-# in float32. This size fits into a processor's cache.
+# Maximum number of values in a block of rows. A thread checks one block at a time. Such a block
+# takes 4 MiB in float32, which fits into a processor's cache.
 MAX_BLOCK_VALUES = 2**20
 
 
 class LaionPairs(PickledByPath, MappedPairs):
     """Image-caption pairs from embedding shards.
 
-    Row i in a shard's image file and row i in the shard's text file are a pair.
+    Row i in a shard's image file and row i in the shard's text file are a pair. Messages call a
+    shard's files partners.
 
     There are four layouts. In the first three, the numbers in file names may have any number of
     digits. The fourth layout has a single shard::
@@ -274,15 +276,15 @@ class LaionPairs(PickledByPath, MappedPairs):
     object is pickled as the folder's path. Unpickling treats a shard as changed if size or
     modification time differ.
 
-    The arguments are the same as for ``CaptionStore``, and two more. ``logit_scale`` multiplies the
-    cosine (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs
-    metadata with captions.
+    The arguments are those of ``CaptionStore`` and two more: ``logit_scale`` multiplies the cosine
+    (100 for OpenAI's CLIP), and ``logit_bias`` is added to every logit. ``fold`` needs metadata
+    with captions.
 
     Raises:
-        DataError: If the folder has another layout, or a file has no partner or does not hold a
+        DataError: If the folder has another layout, a shard lacks a file, or a file does not hold a
             float matrix.
         StorageError: If a file is damaged.
-        ProvenanceError: If partners differ in row count or in width.
+        ProvenanceError: If a shard's files differ in row count, or any two files in width.
         UsageError: If ``fold`` is given and there are no captions.
     """
 
@@ -343,17 +345,18 @@ class LaionPairs(PickledByPath, MappedPairs):
         Warns if some rows do not have unit norm.
         """
         status = np.full(len(self._mapped_arrays), VALID, dtype=np.uint8)
+        n_embeddings = 2 * len(status)  # an image and a caption per row
         statistics = _NormStatistics()
         n_threads = default_workers()
         with (
-            track("Checking embeddings", 2 * len(status), "rows") as task,
+            track("Checking embeddings", n_embeddings, "rows") as task,
             map_in_threads(
                 _check_block, self._blocks(), n_threads=n_threads, max_results_ahead=2 * n_threads
             ) as results,
         ):
             for start, block_status, norms in results:
                 # A row has one status code for image and caption: the first code that is not VALID.
-                status_so_far = status[start : start + len(block_status)]
+                status_so_far = status[start : start + len(block_status)]  # a view of ``status``
                 np.copyto(status_so_far, block_status, where=status_so_far == VALID)
                 is_valid = torch.from_numpy(block_status == VALID)
                 statistics.add(norms[is_valid])
@@ -361,7 +364,7 @@ class LaionPairs(PickledByPath, MappedPairs):
         self._has_unit_norms = statistics.n_not_unit == 0
         if statistics.n_not_unit:
             warn_caller(
-                f"{statistics.n_not_unit} of {2 * len(status)} image and caption rows of "
+                f"{statistics.n_not_unit} of {n_embeddings} image and caption rows of "
                 f"{self.path} are not of unit norm (norms {statistics.min_norm:.3g} to "
                 f"{statistics.max_norm:.3g}); they are normalised when they are read."
             )
@@ -370,13 +373,13 @@ class LaionPairs(PickledByPath, MappedPairs):
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield all rows from all files in blocks: the first row number, and the rows (b, D).
 
-        The rows are mapped. The disk is read only when the block is checked.
+        The rows are memory-mapped, so the disk is read only when the block is checked.
         """
         block_rows = max(MAX_BLOCK_VALUES // self.space.embed_dim, 1)
         for shard_number, shard_start in enumerate(self._mapped_arrays.part_starts[:-1].tolist()):
             for array_name in self._array_names:
-                # The part is mapped anew and not shared. So the pages read from disk are released
-                # together with this array.
+                # Unlike ``MappedArrays.take``, this keeps no mapped part. So the memory for the
+                # part is free again when the part's last block has been checked.
                 part = self._mapped_arrays.open_part(array_name, shard_number)
                 for start in range(0, len(part), block_rows):
                     yield shard_start + start, part[start : start + block_rows]
@@ -386,7 +389,7 @@ class LaionPairs(PickledByPath, MappedPairs):
 class _NormStatistics:
     """Statistics of row norms."""
 
-    n_not_unit: int = 0  # number of norms other than 1
+    n_not_unit: int = 0  # number of norms that differ from 1 by more than the tolerance
     min_norm: float = np.inf  # smallest norm
     max_norm: float = 0.0  # largest norm
 
@@ -418,7 +421,7 @@ def _check_block(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[
     ``block`` has the first row number, and the rows (b, D).
     """
     first_row, rows = block
-    # torch accepts only the native byte order
+    # torch accepts only the processor's byte order
     native_dtype = rows.dtype.newbyteorder("=")
     native_rows = rows.astype(native_dtype)
     float32_rows = torch.from_numpy(native_rows).float()
@@ -453,7 +456,7 @@ def _map_array(shard: Shard, array_name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
-    """Return the (M,) ascending row numbers in a fold, counted over all shards."""
+    """Return the ascending numbers (M,) of a fold's rows, counted over all shards."""
     metadata_files = [
         (shard.metadata_file, shard.n_rows) for shard in shards if shard.metadata_file is not None
     ]

@@ -53,7 +53,7 @@ from vilu.progress import SilentProgress, Task, track
 RUN_FILE_PATTERN = re.compile(
     r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?"
 )
-"""File names in a run.
+"""Names of the files that a run writes.
 
 A receipt's name is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
@@ -63,7 +63,8 @@ PART_FILE_PATTERN = re.compile(
 )
 """Paths of a part's files in a run's folder, such as "img_emb/img_emb_00000.npy".
 
-A file has the folder's name, perhaps without the last "s", and the part's number.
+A file has the folder's name and the part's number. Its name may lack the folder's last "s", as in
+"histograms/histogram_00000.parquet".
 """
 
 RECEIPTS_FOLDER = "receipts"  # name of the folder with the receipts
@@ -121,11 +122,8 @@ class Ledger(ABC, Generic[P, R]):
     command: ClassVar[str]  # command that makes the folder, for messages
     activity: ClassVar[str]  # work under the lock, for messages: "scoring into"
     kind: ClassVar[str | None] = None  # value of "kind" in run.json. None: no such field.
-    documents: ClassVar[tuple[str, ...]] = (
-        RUN_FILE,
-        MANIFEST_FILE,
-        LOG_FILE,
-    )  # files directly in the folder
+    # files directly in the folder
+    documents: ClassVar[tuple[str, ...]] = (RUN_FILE, MANIFEST_FILE, LOG_FILE)
     folders: ClassVar[tuple[str, ...]]  # all possible sub-folders in a run
     # paths of all possible files in the sub-folders, other than the parts' files
     further_files: ClassVar[tuple[str, ...]] = ()
@@ -150,9 +148,8 @@ class Ledger(ABC, Generic[P, R]):
         cls.check_folder(root)
         with convert_os_errors(f"cannot write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-        # A driver process begins and seals the folder. Because of the lock, no second driver can
-        # seal, unseal or clear the folder at the same time. Parts need no lock, since every process
-        # would write the same bytes.
+        # Because of the lock, only one process at a time can begin, seal, unseal or clear the
+        # folder. Parts need no lock, because every process would write the same bytes.
         with locked(root, activity=cls.activity, wait_seconds=wait_seconds):
             yield
 
@@ -160,7 +157,7 @@ class Ledger(ABC, Generic[P, R]):
     def check_folder(cls, root: Path, *, overwrite: bool = False) -> None:
         """Raise UsageError if a folder is not empty and has no run of this kind.
 
-        With ``overwrite``, a folder with any foreign file is also refused.
+        With ``overwrite``, also raise UsageError if the folder has a file that no run writes.
         """
         # The search for any file comes before the search for run.json. In the opposite order,
         # another process could begin a run in between. Then this new run's files would be refused.
@@ -171,10 +168,9 @@ class Ledger(ABC, Generic[P, R]):
                 f"{root / RUN_FILE} is of no {cls.folder_kind}, so nothing there is touched. Give "
                 "a new folder."
             )
-        # ``may_be_used`` already says whether a run of this kind owns the folder. So
-        # ``claim_folder`` does not have to recognise files. Because of ``has_same_inputs``,
-        # ``claim_folder`` accepts a folder that may be used. By ``is_part_of_result``, every file
-        # is refused in a folder that may not be used.
+        # ``may_be_used`` already decides. If it is True, ``has_same_inputs`` makes ``claim_folder``
+        # accept the files in the folder. If it is False, ``claim_folder`` refuses every file,
+        # because ``is_part_of_result`` recognises no file.
         claim_folder(
             root, cls.folder_kind, is_part_of_result=lambda _: False, has_same_inputs=may_be_used
         )
@@ -192,8 +188,8 @@ class Ledger(ABC, Generic[P, R]):
             document = read_bounded(root / RUN_FILE, "Give another folder", DataError)
             content = parse_json(document)
         except (ValueError, RecursionError):
-            # The file is damaged. Whoever reads the file next reports the damage. False would lead
-            # to the wrong message that the run is of another kind.
+            # The file is damaged, and the next reader reports the damage. False would lead to the
+            # wrong message that the run is of another kind.
             return True
         return content.get("kind") == cls.kind
 
@@ -256,14 +252,12 @@ class Ledger(ABC, Generic[P, R]):
                     _remove_leftovers(folder)
 
     def seal(self, manifest: Document) -> None:
-        """Mark the folder as complete."""
-        # Call this after the last part, because a manifest states that all parts are done.
+        """Mark the folder as complete: write the manifest, after the last part."""
         write_document(self.root / MANIFEST_FILE, manifest)
 
     def unseal(self) -> None:
-        """Mark the folder as not complete."""
-        # Call this before the first part is replaced. Otherwise, a kill between two parts would
-        # leave a manifest that does not fit the parts.
+        """Mark the folder as not complete: remove the manifest, before a part is replaced."""
+        # Otherwise, a kill between two parts would leave a manifest that does not fit the parts.
         with convert_os_errors(f"cannot change {self.root}"):
             (self.root / MANIFEST_FILE).unlink(missing_ok=True)
 
@@ -277,7 +271,7 @@ class Ledger(ABC, Generic[P, R]):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
             # run.json is removed last. Otherwise an interrupted removal could leave files without
-            # run.json, and the next removal would refuse such a folder.
+            # run.json, and ``check_folder`` would refuse such a folder.
             documents = [name for name in self.documents if name != RUN_FILE]
             for name in (*documents, RUN_FILE):
                 (self.root / name).unlink(missing_ok=True)
@@ -292,7 +286,7 @@ class Ledger(ABC, Generic[P, R]):
         """
 
     def receipt(self, part: P) -> R:
-        """Return a part's receipt. All files in the part must exist with the right sizes.
+        """Return a part's receipt, after checking that the part's files have the right sizes.
 
         Raises:
             StorageError: If the receipt is damaged, or a file is missing or has another size.
@@ -313,7 +307,7 @@ class Ledger(ABC, Generic[P, R]):
 
     def _require_same_part(self, part: P, receipt: R) -> None:
         """Raise StorageError if a receipt describes another part."""
-        # with another part's row count, all later rows would get wrong row numbers
+        # another part's row count would give wrong row numbers to all later rows
         receipt_facts, planned_facts = self.facts_of_receipt_and_plan(part, receipt)
         described_part = (*receipt_facts, tuple(receipt.files))
         expected_part = (*planned_facts, part.files)
@@ -328,13 +322,10 @@ class Ledger(ABC, Generic[P, R]):
         # The whole file was written before the receipt. But the folder may be an incomplete copy,
         # or someone may have changed or removed the file later.
         path = self.root / name
-        if not has_file(path):
-            state = "is missing"
-        else:
-            n_bytes_on_disk = path.stat().st_size
-            if n_bytes_on_disk == n_bytes:
-                return
-            state = f"has {n_bytes_on_disk} bytes"
+        n_bytes_on_disk = path.stat().st_size if has_file(path) else None
+        if n_bytes_on_disk == n_bytes:
+            return
+        state = "is missing" if n_bytes_on_disk is None else f"has {n_bytes_on_disk} bytes"
         raise StorageError(
             f"{path} {state}, its receipt says {n_bytes} bytes. "
             f"{self._receipt_type.remedy} to redo the part."
@@ -410,8 +401,8 @@ class Ledger(ABC, Generic[P, R]):
         Args:
             part: The part.
             payloads: Maps each file name to the file's content.
-            make_receipt: Function that makes the receipt. The function's argument maps each file
-                name to size and hash.
+            make_receipt: Function that makes the receipt from a mapping: each file name to the
+                file's size and hash.
         """
         info_of_file: dict[str, FileInfo] = {}
         for name in part.files:
@@ -424,7 +415,7 @@ class Ledger(ABC, Generic[P, R]):
 
 
 def has_file(path: Path) -> bool:
-    """Return whether a path is a file. Raise StorageError if the folder may not be read."""
+    """Return whether a path is a file. Raise StorageError if the folder cannot be read."""
     with convert_os_errors(f"cannot read {path}"):
         return path.is_file()
 
@@ -434,8 +425,8 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         match = TEMPORARY_NAME.fullmatch(path.name)
         is_temporary = match is not None and RUN_FILE_PATTERN.fullmatch(match["name"])
-        # Files from other programs stay. A living process's files (here or on another machine)
-        # also stay, because the process is still writing.
+        # Files from other programs stay. So do the files of a living process, on this or another
+        # machine, because the process is still writing.
         if is_temporary and is_leftover(path):
             # another process may have removed the file in the meantime
             path.unlink(missing_ok=True)
@@ -465,7 +456,7 @@ def require_hash(path: Path, sha256: str, remedy: str, document: str = "its rece
         )
 
 
-# identities of the files with a right hash (``require_hash_once``)
+# identities of the files that had the right hash (``require_hash_once``)
 _verified_files: set[tuple[int | str, ...]] = set()
 _single_thread_lock = Lock()
 
@@ -492,18 +483,16 @@ def single_thread_lock() -> Lock:
 def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
     """Check a file's hash unless this process has done so before. Return the path.
 
-    A file is hashed again only if the file's device, inode, size or times have changed. A change
-    after opening is not noticed. Threads may call this function at the same time. The arguments are
-    the same as for ``require_hash``.
+    A file is hashed again only if the file's device, inode, size or times have changed. Threads may
+    call this function at the same time. The arguments are the same as for ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
         file_stat = path.stat()
-    # The path does not identify a file, because another file may have replaced the first file. The
-    # inode identifies a file.
+    # The path does not identify a file, because another file may have taken its place. Device and
+    # inode do.
     times = (file_stat.st_mtime_ns, file_stat.st_ctime_ns)
     file_identity = (file_stat.st_dev, file_stat.st_ino, file_stat.st_size, *times, sha256)
-    # The lock is held while hashing. So if two threads open the same file, the file is read only
-    # once.
+    # the lock is held while hashing, so that two threads do not hash the same file
     with single_thread_lock():
         if file_identity not in _verified_files:
             require_hash(path, sha256, remedy, document)
@@ -512,14 +501,14 @@ def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its
 
 
 class FileVerifier:
-    """A function that verifies a file in a part, and returns the file's path.
+    """Verifies the files in parts. Call it with a file name to get the verified file's path.
 
-    The argument is the file name. The file is compared with the hash in the receipt.
+    The file is compared with the hash in the receipt.
     """
 
     def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
         self._root = root
-        self._remedy = receipts[0].remedy if receipts else ""
+        self._remedy = receipts[0].remedy if receipts else ""  # without receipts, never used
         self._hash_of_file: dict[str, str] = {}  # file name -> the file's SHA-256
         for receipt in receipts:
             for name, info in receipt.files.items():
@@ -550,8 +539,8 @@ class PickledByPath:
     ) -> tuple[Callable[..., PickledByPath], tuple[object, ...], dict[str, object] | None]:
         # The path is absolute, because the unpickling process may have another working folder.
         arguments = (type(self), self.path.absolute(), dict(self.options), self.folder_hash)
-        # The method ``without`` of pairs leaves out rows and sets ``_remaining_pairs``. No file
-        # records the left-out rows. So the attributes that depend on these rows are pickled, too.
+        # After ``PairSource.without``, some rows are left out, and ``_remaining_pairs`` is set. No
+        # file records the left-out rows, so the attributes that depend on them are pickled, too.
         attributes = vars(self)
         if "_remaining_pairs" not in attributes:
             return reopen, arguments, None
@@ -575,7 +564,7 @@ def reopen(
         pickled_hash: The object's ``folder_hash`` when the object was pickled.
     """
     reader = open_folder(path, **options)
-    # Without this check, a worker could read other rows than the parent process.
+    # without this check, a worker process could read other rows than its parent
     if reader.folder_hash != pickled_hash:
         raise ProvenanceError(
             f"{path} has changed since it was pickled: its fingerprint was {pickled_hash} and is "
@@ -586,8 +575,8 @@ def reopen(
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
     """Return a single hash over all files' hashes, in the order of the parts."""
-    # The manifest has this hash. The hash reveals a part copied from another run with the same
-    # inputs. Such a part's receipt is right, but rounding may have given other numbers.
+    # The manifest has this hash. It reveals a part that was copied from another run with the same
+    # inputs. Such a part's receipt fits the run, but rounding may have given other numbers.
     hashes: list[str] = []
     for receipt in receipts:
         hashes += [info.sha256 for info in receipt.files.values()]

@@ -39,12 +39,12 @@ class Views(FrozenModel):
 
     A crop has the image's aspect ratio, so that the preprocessing treats crop and image alike. The
     crop area is a uniform share in [1/2, 1] of the image area. The crop position is uniform. View v
-    depends only on the image key, on v and on the seed.
+    depends only on the image, the image key, v and the seed.
     """
 
     n: Annotated[int, Field(ge=1)]  # number of views per image, V
     seed: int = 0  # seed for the views
-    # fixed text about the random crops. The text belongs to the store's inputs.
+    # fixed text about the random crops. As a field, it is one of the store's inputs.
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
@@ -99,7 +99,8 @@ def _uniform_numbers(seed: int, view_number: int, key: str) -> tuple[float, floa
     digest_bytes = hashlib.sha256(text_bytes).digest()
     # the hash's 256 bits as four whole numbers with 64 bits
     whole_numbers = np.frombuffer(digest_bytes, "<u8")
-    # a float64 has 53 bits of precision, so only the upper 53 bits are used, without rounding
+    # A float64 has 53 bits of precision, so only the upper 53 of 64 bits are used: the lowest 11
+    # are dropped. Then nothing is rounded.
     upper_bits = whole_numbers >> np.uint64(11)
     area, left, top, mirror = upper_bits * 2.0**-53
     return float(area), float(left), float(top), float(mirror)
@@ -117,12 +118,12 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 
 SHARED_FIELDS = ("names", "folders", "templates", "features", "prompts", "negatives")
-"""Names of fields in both ``Run`` and ``StoredClasses``. The values are equal."""
+"""Names of the fields that ``StoredClasses`` copies from ``Run``."""
 
 ClassColumn = Literal[
     "prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"
 ]
-"""Class and model columns, each in a separate file."""
+"""Columns with an entry per class or word, or with a map of the model. Each has its own file."""
 ImageColumn = Literal["features", "views", "second_image", "logits", "answer"]
 """Columns with an entry per image. "answer" is a metadata column. The rest are arrays."""
 
@@ -142,8 +143,8 @@ class ImportFacts(FrozenModel):
 class StoreInputs(StoreDocument):
     """All inputs that decide a store's content. The hash of all inputs is the run's fingerprint.
 
-    Batch size, device and thread count are no inputs. These settings change values only by
-    rounding. Also, after running out of memory a run must be able to resume with smaller batches.
+    Batch size, device and thread count are no inputs, because they change values only by rounding.
+    Also, a run that ran out of memory must be able to resume with smaller batches.
     """
 
     dataset_fingerprint: str  # hash of the image listing or the shard names
@@ -196,8 +197,7 @@ class StoreInputs(StoreDocument):
 
     @property
     def n_units(self) -> int:
-        """Shard count if parts are made of shards, or else image count."""
-        # ``n_in`` is the image count.
+        """Number of shards if parts are made of shards, or else number of images."""
         return self.shards or self.n_in
 
     @property
@@ -243,8 +243,8 @@ class StoreInputs(StoreDocument):
         # only fields in ``StoreInputs``, not the further fields in subclasses such as ``Run``
         covered_names = set(StoreInputs.model_fields)
         if self.shards:
-            # With shards, ``n_in`` is 0 in the run, and the number of images in the manifest. So
-            # ``n_in`` is left out. Then the run and the manifest have the same fingerprint.
+            # With shards, the run's ``n_in`` is 0. The manifest's ``n_in`` is the number of images.
+            # Without ``n_in``, run and manifest have the same fingerprint.
             covered_names.remove("n_in")
         flat_fields: dict[str, object] = {}
         covered_fields = self.model_dump(mode="json", include=covered_names)
@@ -259,7 +259,7 @@ class StoreInputs(StoreDocument):
     def require_match(self, new_inputs: StoreInputs, store_path: Path) -> None:
         """Raise ProvenanceError if ``new_inputs`` differ from an existing store's inputs.
 
-        ``self`` are the existing store's inputs. The ``store_path`` is for the message.
+        ``self`` are the existing store's inputs. ``store_path`` is for the message.
         """
         old_fields = self.fingerprint_fields()
         new_fields = new_inputs.fingerprint_fields()
@@ -268,6 +268,7 @@ class StoreInputs(StoreDocument):
             old_value = old_fields.get(name)
             new_value = new_fields.get(name)
             if old_value != new_value:
+                # at most 120 characters of each value, because a list of names may be long
                 differences.append(f"{name} was {old_value!r:.120} and is now {new_value!r:.120}")
         if differences:
             advice = "Give another output folder, or --overwrite to replace this one."
@@ -280,9 +281,9 @@ class StoreInputs(StoreDocument):
 
 
 class Run(StoreInputs):
-    """``run.json``, the first file of a store."""
+    """``run.json``, the first file in a store."""
 
-    # A damaged run.json cannot be resumed. Only a new run repairs it.
+    # with a damaged run.json, the run cannot be resumed and must be replaced
     remedy = f"{StoreDocument.remedy} with --overwrite"
 
     fingerprint: str  # hash of the inputs
@@ -331,12 +332,12 @@ class Receipt(AnyReceipt, CountedDocument):
 
     fingerprint: str  # fingerprint of the run
     part: Count  # number of the part
-    start: Count  # position of the first image, or the first shard number
-    stop: Count  # position after the last image, or number after the last shard
+    start: Count  # position of the part's first image, or number of its first shard
+    stop: Count  # position after the part's last image, or number after its last shard
     files: dict[str, FileInfo]  # name of each file in the part -> size and hash
     batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
-    # Fingerprint of the part's shards, from before the shards were read
-    # (``ShardedDataset.shard_fingerprint``). Empty if parts are made of images.
+    # Fingerprint of the part's shards (``ShardedDataset.shard_fingerprint``), computed before the
+    # shards were read. Empty if parts are made of images.
     source: str = ""
 
 
@@ -370,8 +371,7 @@ class StoredClasses(StoreDocument):
         """Return a run's class table, from the files with text embeddings and columns."""
         fields_of_run = {name: getattr(run, name) for name in SHARED_FIELDS}
         # The hash is computed from all other fields, so a draft without a hash is made first.
-        # ``model_construct`` does not validate the draft, because validation would refuse the
-        # draft.
+        # Validation would refuse this draft, so ``model_construct`` makes it without validation.
         draft = cls.model_construct(
             **fields_of_run,
             tokenizer=run.space.tokenizer,
@@ -390,14 +390,14 @@ class StoredClasses(StoreDocument):
 class Manifest(CountedDocument, Run):
     """``manifest.json``, the last written file in a complete store.
 
-    The manifest is written only if the store's losses are within the budget.
+    The manifest is written only if the numbers of failed images and bad shards are accepted.
     """
 
     remedy = StoreDocument.remedy
 
     parts: Count  # number of parts
-    classes: str  # hash of the class table, empty if captions are the candidates
-    content: str  # hash over the file hashes in all parts (``content_hash``)
+    classes: str  # hash in the class table, empty if captions are the candidates
+    content: str  # a single hash over the hashes of all parts' files (``content_hash``)
 
 
 logger = logging.getLogger(__name__)
@@ -422,7 +422,7 @@ def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     """Return both towers' last linear maps, and the input to the text tower's last map.
 
     The input is the column ``text_features``. With several templates, this column is left out. If
-    a tower's last map is not linear, there are no columns.
+    one of the last maps is not linear, there are no columns.
     """
     if backbone.projections is None:
         logger.info(

@@ -66,13 +66,13 @@ def map_in_threads(
 def _stay_on_one_core() -> None:
     """Limit the calling thread's tensor operations to one core.
 
-    Otherwise, each decoding thread would start several OpenMP threads. These threads would compete
-    with the model's threads. The OpenMP limit is set for a single thread.
-    ``torch.set_num_threads`` would set the limit for the whole process.
+    Otherwise, each decoding thread would start several OpenMP threads, and these would compete with
+    the model's threads.
     """
     # When a thread first uses torch, torch itself sets the thread's limit. This call makes torch
     # set the limit now. Otherwise torch would later replace the limit from the next line.
     torch.get_num_threads()
+    # This limits only the calling thread. ``torch.set_num_threads`` would limit the whole process.
     threadpool_limits(1, user_api="openmp")
 
 
@@ -93,7 +93,7 @@ def default_workers() -> int:
 MAX_OPEN_PARTS = 320
 
 PAGE_BYTES = 4096  # size of a memory page: reading a row reads at least one page
-MAX_RESIDENT_BYTES = 2**28  # maximum size of mapped files in memory
+MAX_RESIDENT_BYTES = 2**28  # maximum size of mapped files in memory: 256 MiB
 
 # Number of rows in a training block (``shuffled_in_blocks``). A block takes 128 MiB in float16 at
 # width 512.
@@ -149,8 +149,8 @@ class MappedArrays:
             first_row = int(row_numbers.min())
             last_row = int(row_numbers.max())
             self._require_rows(first_row, last_row)
-        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``index``
-        # where the rows of part p stand.
+        # In sorted order, a part's rows stand together. Part p's rows are at the positions
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` in ``index``.
         sorting_order = np.argsort(row_numbers, kind="stable")
         part_bounds = np.searchsorted(row_numbers, self.part_starts, sorter=sorting_order)
         n_rows_of_parts = np.diff(part_bounds)
@@ -164,7 +164,8 @@ class MappedArrays:
                 # this part has the widest float type so far, so ``rows`` gets this type
                 self._widest_dtype = part.dtype.newbyteorder("=")
                 rows = rows.astype(self._widest_dtype)
-            rows[positions] = part[row_numbers[positions] - self.part_starts[part_number]]
+            indices_in_part = row_numbers[positions] - self.part_starts[part_number]
+            rows[positions] = part[indices_in_part]
             row_bytes = part[:1].nbytes
             touched_bytes_per_row = max(PAGE_BYTES, row_bytes)  # the system reads whole pages
             self._touched_bytes += len(positions) * touched_bytes_per_row
@@ -181,8 +182,7 @@ class MappedArrays:
         """Return a mapped part. Several threads may call this method at the same time.
 
         If ``max_open_parts`` or ``max_resident_bytes`` is reached, all mapped parts are released
-        first. This closes the parts' files, and frees the pages read so far. These pages count as
-        this process's memory.
+        first. This closes the parts' files, and frees the memory for the pages read so far.
         """
         part = self._mapped_parts.get((array_name, part_number))
         is_full = part is None and len(self._mapped_parts) >= self.max_open_parts
@@ -222,13 +222,13 @@ class MappedSource(EmbeddingSource):
 def shuffled_in_blocks(
     rows: Tensor, generator: torch.Generator, block_rows: int = BLOCK_ROWS
 ) -> Tensor:
-    """Return the rows in a random order with few blocks in memory: ``BLOCKS_PER_GROUP`` at a time.
+    """Return the rows in a random order that needs few blocks in memory at a time.
 
     A block is about ``block_rows`` rows near each other on the disk. Each block is read once.
 
     1. Cut the sorted rows into blocks with equal sizes.
-    2. Put the blocks in random order, and form groups with at most ``BLOCKS_PER_GROUP`` blocks (at
-       least half as many).
+    2. Put the blocks in random order, and form groups. A group has at most ``BLOCKS_PER_GROUP``
+       blocks, and at least half as many.
     3. Shuffle the rows within each group.
 
     If there are no more than ``BLOCKS_PER_GROUP`` blocks, all rows are shuffled together.
@@ -307,10 +307,10 @@ class MappedPairs(PairSource, MappedSource):
 
 
 class ListedNumbers(RowNumbers):
-    """Identifiers from a list of row numbers. Such identifiers identify no row in another source.
+    """Row numbers from a list, as identifiers. They identify no row in another source.
 
-    The list may hold numbers or texts. For example, the list holds the row numbers for a fold in
-    the whole store.
+    The list may hold numbers or texts. For a fold, for example, it holds the numbers that the
+    fold's rows have in the whole store.
     """
 
     def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
@@ -333,7 +333,7 @@ class StoredIdentifiers(Identifiers):
     Args:
         part_starts: (P + 1,) first row number in each of the P parts, and the row count at the end.
         read_part: Function that takes a part number and returns the part's strings, one per row.
-        chosen_rows: (M,) ascending numbers of the rows with these identifiers. None: all rows.
+        chosen_rows: (M,) ascending numbers of the rows to use. None: all rows.
     """
 
     def __init__(
@@ -342,17 +342,15 @@ class StoredIdentifiers(Identifiers):
         read_part: Callable[[int], pa.Array],
         chosen_rows: NDArray[np.int64] | None = None,
     ) -> None:
-        super().__init__(int(part_starts[-1]) if chosen_rows is None else len(chosen_rows))
+        n_rows = int(part_starts[-1]) if chosen_rows is None else len(chosen_rows)
+        super().__init__(n_rows)
         self._part_starts = part_starts
         self._chosen_rows = chosen_rows
         self._read_part = lru_cache(16)(read_part)  # keeps the strings for the last 16 parts
 
     def __reduce__(self) -> tuple[type[StoredIdentifiers], tuple[object, ...]]:
-        return StoredIdentifiers, (
-            self._part_starts,
-            self._read_part.__wrapped__,
-            self._chosen_rows,
-        )
+        read_part = self._read_part.__wrapped__  # without the cache
+        return StoredIdentifiers, (self._part_starts, read_part, self._chosen_rows)
 
     def _identifier(self, row: int) -> str:
         stored_row = row if self._chosen_rows is None else int(self._chosen_rows[row])

@@ -72,7 +72,7 @@ class Part:
 
     @property
     def attempts_file(self) -> str:
-        """File with a byte for each process that has begun the part and not finished the part.
+        """File with a byte for each process that has begun the part but not finished it.
 
         Such a process is still at work, or died while working on the part.
         """
@@ -111,10 +111,10 @@ def possible_positions(run: Run, part: Part) -> range:
 def has_all_positions(
     run: Run, part: Part, sorted_positions: NDArray[np.int64], n_images: int
 ) -> bool:
-    """Return whether ``sorted_positions`` are valid for all ``n_images`` images in a part.
+    """Return whether ``sorted_positions`` hold each of the part's ``n_images`` images once.
 
-    Without shards, valid positions are all positions in the part. With shards, the positions in
-    each shard must begin at the shard's first position and have no gap.
+    Without shards, these must be all positions in the part. With shards, the positions in each
+    shard must begin at the shard's first position and have no gap.
     """
     position_range = possible_positions(run, part)
     if not run.shards:
@@ -131,7 +131,7 @@ def has_all_positions(
     begins_shard = sorted_positions % POSITIONS_PER_SHARD == 0
     if not are_possible or not begins_shard[0]:
         return False
-    follows_previous = np.diff(sorted_positions) == 1
+    follows_previous = np.diff(sorted_positions) == 1  # for all positions except the first
     return bool(np.all(follows_previous | begins_shard[1:]))
 
 
@@ -167,7 +167,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     ) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Return (number, start, stop, image count) from the receipt, and from the plan.
 
-        With shards, the plan has no image count. So the count in the receipt is used twice.
+        With shards, the plan has no image count, so both results have the receipt's count.
         """
         n_planned = receipt.n_in if self.run.shards else len(part)
         receipt_facts = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
@@ -180,10 +180,10 @@ class StoreLedger(Ledger[Part, Receipt]):
         If the part's shards have changed since the part was written, the part is not done.
         """
         receipt_or_reason = super().receipt_or_reason(part, check_hashes=check_hashes)
-        if isinstance(receipt_or_reason, str):
-            return receipt_or_reason
-        if receipt_or_reason.source != self.shard_fingerprint(part):
-            return "its shards have changed"
+        if isinstance(receipt_or_reason, Receipt):
+            receipt = receipt_or_reason
+            if receipt.source != self.shard_fingerprint(part):
+                return "its shards have changed"
         return receipt_or_reason
 
     def shard_fingerprint(self, part: Part) -> str:
@@ -198,8 +198,8 @@ class StoreLedger(Ledger[Part, Receipt]):
     ) -> Receipt:
         """Write a part's rows and errors, and return the receipt.
 
-        ``batch_size`` counts images per forward pass. ``shard_fingerprint`` is what the method
-        ``shard_fingerprint`` returned before the shards were read.
+        ``batch_size`` counts images per forward pass. ``shard_fingerprint`` is the fingerprint that
+        the part's shards had before they were read.
         """
         self._require_unchanged_shards(part, shard_fingerprint)
         n_ok = len(content.metadata)
@@ -225,8 +225,8 @@ class StoreLedger(Ledger[Part, Receipt]):
         return self.write_files(part, payloads, make_receipt)
 
     def _require_unchanged_shards(self, part: Part, shard_fingerprint: str) -> None:
-        """Raise DataError if a part's shards do not have a fingerprint any more."""
-        # of a changed shard, some rows would be of the old file and some of the new file
+        """Raise DataError unless a part's shards still have the given fingerprint."""
+        # after a change, some rows could be from the old shards and some from the new ones
         if self.shard_fingerprint(part) != shard_fingerprint:
             raise DataError(
                 f"shards of part {part.number} changed while they were read. When nothing writes "
@@ -238,7 +238,8 @@ class StoreLedger(Ledger[Part, Receipt]):
         payloads: dict[str, bytes] = {}
         for name, shape in self.run.row_shapes.items():
             blocks = content.array_blocks.get(name, [])  # if all images failed, there are no blocks
-            rows = _join_blocks(name, blocks, (len(content.metadata), *shape), self.run.dtype)
+            array_shape = (len(content.metadata), *shape)
+            rows = _join_blocks(name, blocks, array_shape, self.run.dtype)
             payloads[part.array_file(name)] = _npy_bytes(rows)
         schema = metadata_schema(self.run)
         payloads[part.metadata_file] = _parquet_bytes(content.metadata, schema)
@@ -333,13 +334,14 @@ def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
     # 3.11 (gh-106905, a bug in ast.literal_eval).
     with convert_damage_errors(path, hint, NPY_READING_ERRORS), single_thread_lock():
         rows = np.lib.format.open_memmap(path, mode="r")
-        return rows, path.stat().st_size - rows.offset
+        n_data_bytes = path.stat().st_size - rows.offset  # the data begin at ``rows.offset``
+        return rows, n_data_bytes
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
     """Map a stored array into memory. Raise StorageError on a wrong shape, dtype or order."""
     rows, n_bytes = open_npy(path, REDO_HINT)
-    # facts about the array: shape, dtype, whether the rows are in C order, data size in bytes
+    # shape, dtype, whether the rows are in C order, and the data's size in bytes
     stored_facts = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     little_endian = np.dtype(dtype).newbyteorder("<").str
     expected_facts = (shape, little_endian, True, rows.nbytes)
@@ -368,7 +370,7 @@ def read_columns(
             )
         table = file.read(columns=list(column_names))
         table.validate(full=True)  # checks that strings are UTF-8, and offsets within buffers
-    if len(table) != n_rows:
+    if len(table) != n_rows:  # the row count in the file's metadata was wrong
         raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO_HINT}")
     expected_fields = [schema.field(name) for name in column_names]
     expected_schema = pa.schema(expected_fields)
@@ -403,7 +405,7 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
             )
         map_rows(column_path(root, name), info.shape, "float32")
         hash_of_file[column_path(root, name)] = info.sha256
-    # Hashing reads all bytes. So hashes are compared last, after the quick checks of all shapes.
+    # hashing reads all bytes, so hashes are compared last, after the quick checks of all shapes
     for path, sha256 in hash_of_file.items():
         require_hash_once(path, sha256, class_table.remedy, CLASSES_FILE)
     text = torch.from_numpy(np.array(rows))
@@ -413,7 +415,7 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
 
 
 def _is_column_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
-    """Return whether the column's number of dimensions is right, and the sizes fit this run."""
+    """Return whether ``shape`` has the right number of dimensions, and sizes that fit this run."""
     n_dims, _ = COLUMNS[name]
     return len(shape) == n_dims and is_possible_shape(run, name, shape)
 
@@ -430,11 +432,10 @@ def is_possible_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bo
     n_prompts = len(run.prompts)
     n_words = len(run.negatives)
     if run.imported is not None:
-        # an imported run lists no prompts and no words, so any prompt count or word count is
-        # possible
+        # an imported run lists no prompts and no words, so any number of them is possible
         n_prompts = shape[1]
         n_words = shape[0]
-    # The first sizes in each column's shape. The run does not determine the remaining sizes.
+    # the sizes that the run determines: the first sizes in each column's shape
     first_sizes: dict[str, tuple[int, ...]] = {
         "prompts": (n_classes, n_prompts, dim),
         "text_features": (n_classes,),
@@ -537,7 +538,7 @@ def _write_npy(path: Path, array: NDArray[np.floating]) -> FileInfo:
 def _join_blocks(
     name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str
 ) -> NDArray[np.floating]:
-    """Join row blocks to a little-endian array. Raise DataError if a number is not finite.
+    """Join blocks of rows to a little-endian array. Raise DataError if a number is not finite.
 
     Args:
         name: The array's name, for the message.

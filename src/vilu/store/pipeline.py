@@ -43,12 +43,11 @@ Smaller flags are defined in ``ImageFlag``.
 ROW_WORDS = {IMAGE: "image", CAPTION: "caption", "views": "view"}
 """Maps each array with normalised rows to the word for a row in messages."""
 
-# The end of a part, among the records before the decoder, and after the decoder.
+# marks the end of a part, among the records for the decoder and among the decoder's results
 END_OF_PART: Final = None
 
-
 MAX_WAIT_SHARE: Final = 0.1
-"""If the model waits for photos for a larger share of the time, the progress text says so."""
+"""If the model waits for photos for more than this share of the time, the progress text says so."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ ImageOrError = PreparedImage | ErrorRow
 
 @dataclass(frozen=True)
 class Decoder:
-    """A function that reads, decodes and preprocesses an image.
+    """Reads, decodes and preprocesses an image when called.
 
     The result is a ``PreparedImage``, or an error row if the image is bad.
     """
@@ -77,8 +76,8 @@ class Decoder:
     n_classes: int  # number of classes, to check labels
     views: Views | None = None  # augmented views for each image, if any
     captions: bool = False  # whether to read captions
-    # JPEGs are decoded at a reduced size. The shorter side has at least this number of pixels.
-    # None: JPEGs are decoded in full.
+    # JPEGs are decoded at a reduced size, but with at least this number of pixels on the shorter
+    # side. None: JPEGs are decoded in full.
     jpeg_side: int | None = None
 
     def __call__(self, position_and_record: tuple[int, ImageRecord] | None) -> ImageOrError | None:
@@ -103,7 +102,7 @@ class Decoder:
             image = read_image(record_with_reader, self.limits, jpeg_side=self.jpeg_side)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
-            cause = error.__cause__ or error
+            cause = error.__cause__ or error  # the original exception, if there is one
             return ErrorRow(
                 key=record.key,
                 position=position,
@@ -145,7 +144,7 @@ class Decoder:
 
 
 class _RecordReader:
-    """A reader for a single record, with the size and the digest of the bytes read."""
+    """Reads a single record, and keeps the number of bytes and the picture's digest."""
 
     def __init__(self, record: ImageRecord) -> None:
         self._record = record
@@ -156,6 +155,7 @@ class _RecordReader:
         """Return the record's bytes."""
         data = self._record.read()
         self.n_bytes = len(data)
+        # some records have other bytes that identify the picture
         hashed_content = data if self._record.content is None else self._record.content()
         self.picture_digest = sha256(hashed_content).digest()[:PICTURE_DIGEST_BYTES]
         return data
@@ -190,21 +190,22 @@ def records_with_positions(
 
 @dataclass
 class Encoder:
-    """Runs the model over batches of decoded images. This is the last step to the rows.
+    """Makes rows: runs the model over batches of decoded images.
 
-    A batch never has images from two parts, and a bad image leaves a smaller batch. So a repeated
-    part has the same batches as before, and gives the same bytes. Numbers too large for ``dtype``
-    become infinite.
+    A batch never has images from two parts, and a bad image's place in the batch stays empty. So a
+    repeated part has the same batches as before, and gives the same bytes. Numbers too large for
+    ``dtype`` become infinite.
     """
 
     backbone: Backbone  # the model
     batch_size: int  # images per forward pass
-    strict: bool  # Whether a bad image raises DataError. If not, an error row is made.
+    strict: bool  # whether a bad image raises DataError. If not, it becomes an error row.
     task: Task  # progress bar for the images
     row_shapes: Mapping[str, tuple[int, ...]]  # name of each image array -> row shape
     dtype: str  # number format of the arrays
     n_errors: int = 0  # number of bad images so far
-    begun_at: float = field(default_factory=time.monotonic)  # seconds on the monotonic clock
+    # when the encoder was made, in seconds on the monotonic clock
+    begun_at: float = field(default_factory=time.monotonic)
     seconds_waited: float = 0.0  # seconds spent waiting for decoded images
 
     def encode_part(self, images_or_errors: Iterator[ImageOrError | None]) -> PartContent:
@@ -214,12 +215,11 @@ class Encoder:
             DataError: If ``strict`` is true and an image is bad.
         """
         content = PartContent()
-        # iter(function, END_OF_PART) calls the function until it returns END_OF_PART
         next_image_or_error = partial(self._next_image_or_error, images_or_errors)
+        # iter(function, END_OF_PART) calls the function until it returns END_OF_PART
         images_or_errors_of_part: Iterator[ImageOrError] = iter(next_image_or_error, END_OF_PART)
         while True:
-            # No variable holds the batch. So the batch's memory is freed before the next batch is
-            # read.
+            # no variable holds the batch, so its memory is free before the next batch is read
             n_images = self._encode_batch(
                 list(islice(images_or_errors_of_part, self.batch_size)), content
             )
@@ -238,8 +238,9 @@ class Encoder:
         return image_or_error
 
     def _waiting_text(self) -> str:
-        """Return a text: decoding waits for the model, or the model waits for photos."""
-        share = self.seconds_waited / max(time.monotonic() - self.begun_at, 1e-9)
+        """Return a text that says what waits: decoding for the model, or the model for photos."""
+        seconds = max(time.monotonic() - self.begun_at, 1e-9)  # never 0, to divide by
+        share = self.seconds_waited / seconds
         if share > MAX_WAIT_SHARE:
             return f"the model waits for photos {share:.0%} of the time"
         return "decoding waits for the model"
@@ -306,12 +307,15 @@ class Encoder:
     def _run_model(
         self, batch: Sequence[PreparedImage]
     ) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """Run the model. Return arrays by name, and each image's worst status code (B,)."""
+        """Run the model. Return arrays by name, and each image's worst status code (B,).
+
+        The worst status code is the highest.
+        """
         arrays = self._forward(batch)
         status = np.full(len(batch), VALID, dtype=np.uint8)
-        for name, row_name in ROW_WORDS.items():
+        for name, row_word in ROW_WORDS.items():
             if name in arrays:
-                arrays[name], status_in_array = _normalise(arrays[name], row_name)
+                arrays[name], status_in_array = _normalise(arrays[name], row_word)
                 status = np.maximum(status, status_in_array)
         for name, shape in self.row_shapes.items():
             rows = arrays[name]
@@ -337,8 +341,7 @@ class Encoder:
         if CAPTION in self.row_shapes:
             arrays[CAPTION] = model.encode_texts([image.metadata.caption or "" for image in batch])
         if "views" in self.row_shapes:
-            # each forward pass has one view from every image, so a forward pass is no larger than a
-            # batch
+            # one view from every image at a time, so that no forward pass is larger than a batch
             view_rows: list[Tensor] = []
             for view_number in range(len(batch[0].views)):
                 views = [image.views[view_number] for image in batch]
@@ -351,21 +354,21 @@ class Encoder:
 def _stack_images(images: list[Tensor]) -> Tensor:
     """Stack B images (3, H, W) to (B, 3, H, W), in the images' memory layout.
 
-    If the channels are last in the images' memory, the channels stay last in the stack's memory,
-    because moving the channels would take time.
+    If the images have the channels last in memory, so has the stack, because moving the channels
+    would take time.
     """
     channels_last = [image.permute(1, 2, 0) for image in images]
-    if channels_last[0].is_contiguous():
+    if channels_last[0].is_contiguous():  # the images have the channels last in memory
         return torch.stack(channels_last).permute(0, 3, 1, 2)
     return torch.stack(images)
 
 
-def _normalise(rows: Tensor, row_name: str) -> tuple[Tensor, NDArray[np.uint8]]:
+def _normalise(rows: Tensor, row_word: str) -> tuple[Tensor, NDArray[np.uint8]]:
     """Normalise rows (B, D) or views (B, V, D). Also return each image's worst status code.
 
-    ``row_name`` is the word for a row in messages.
+    ``row_word`` is the word for a row in messages.
     """
     flat_rows = rows.flatten(0, -2)  # (B, D) or (B * V, D)
-    normalised_rows, status = unit_rows(flat_rows, row_name)
+    normalised_rows, status = unit_rows(flat_rows, row_word)
     status_of_views = status.reshape(len(rows), -1)  # (B, 1) or (B, V)
     return normalised_rows.view(rows.shape), status_of_views.max(axis=1)

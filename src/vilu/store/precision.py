@@ -36,7 +36,7 @@ class PrecisionCheck:
     Attributes:
         precision: The low precision.
         n: Number of photos.
-        least_cosine: Least cosine between the two embeddings of a photo.
+        least_cosine: Cosine between a photo's two embeddings, for the photo where it is smallest.
         equal_answers: Share of photos with equal answers by the predictor. Without a predictor, the
             zero-shot answers are compared. None if there are captions and no classes.
         equal_decisions: Share of photos with equal decisions. None without a predictor.
@@ -53,9 +53,10 @@ class PrecisionCheck:
 
     @property
     def is_passed(self) -> bool:
-        """Whether the embeddings are near enough to the embeddings in float32."""
+        """Whether embeddings and answers are near enough to those in float32."""
+        are_embeddings_near = self.least_cosine >= MIN_COSINE
         are_answers_equal = self.equal_answers is None or self.equal_answers >= MIN_EQUAL_ANSWERS
-        return self.least_cosine >= MIN_COSINE and are_answers_equal
+        return are_embeddings_near and are_answers_equal
 
     @property
     def failure(self) -> str:
@@ -79,19 +80,18 @@ class PrecisionCheck:
 def check_precision(
     model: Backbone, run: Run, pixels: Iterator[Tensor], batch_size: int
 ) -> PrecisionCheck | None:
-    """Embed the first photos in the model's precision and in float32, and compare.
+    """Embed the first photos (``N_CHECKED_PHOTOS``) in the model's precision and in float32.
 
-    ``pixels`` are the pixels (3, H, W) of each photo.
+    Returns how much the embeddings differ. ``pixels`` are the pixels (3, H, W) of each photo.
 
-    Returns None if there is nothing to compare. This is so if the model is in float32 or states no
-    precision, if there are no photos, or if the model is no ``DualEncoder``. Only a ``DualEncoder``
-    can also run in float32.
+    Returns None if the model is in float32 or states no precision, if there are no photos, or if
+    the model is no ``DualEncoder``. Only a ``DualEncoder`` can also run in float32.
 
     Raises:
         ProvenanceError: If the embeddings or the answers differ too much.
     """
-    is_low = model.space.precision not in {None, "fp32"}
-    if not is_low or not isinstance(model, DualEncoder):
+    is_in_low_precision = model.space.precision not in {None, "fp32"}
+    if not is_in_low_precision or not isinstance(model, DualEncoder):
         return None
     photos = list(islice(pixels, N_CHECKED_PHOTOS))
     if not photos:
@@ -110,7 +110,8 @@ def _encode_and_time(
     model: DualEncoder, pixels: list[Tensor], batch_size: int
 ) -> tuple[Tensor, float]:
     """Return embeddings (N, D) of photos, and the model's processor time in seconds."""
-    model.encode_images(pixels[0][None])  # not timed, because a model may be built at the first use
+    # a batch of one photo, not timed, because a model may be built at the first use
+    model.encode_images(pixels[0][None])
     batches = torch.stack(pixels).split(batch_size)
     begun = time.process_time()
     rows = torch.cat([model.encode_images(batch) for batch in batches])
@@ -132,7 +133,7 @@ def _compare_precisions(
         low_answers = (low_rows @ text.T).argmax(dim=1)
         float32_answers = (float32_rows @ text.T).argmax(dim=1)
         equal_answers = float((low_answers == float32_answers).float().mean())
-    cosines = (low_rows * float32_rows).sum(dim=1)
+    cosines = (low_rows * float32_rows).sum(dim=1)  # the norms are 1
     least_cosine = float(cosines.min())
     return PrecisionCheck(
         precision=str(model.space.precision),

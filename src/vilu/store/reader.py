@@ -64,7 +64,7 @@ def open_source(
         path: A folder written by ``vilu embed``, or a folder in a layout of ``LaionPairs``.
         pools: How pairs are grouped into pools. Captions and images are matched within a pool. By
             default a pool has 1024 pairs.
-        fold: "train", "validation" or "test": only pairs with a caption in this fold are used.
+        fold: "train", "validation" or "test". Only pairs with a caption in this fold are used.
             None: all pairs.
         logit_scale: Multiplier of the cosine. Required for embeddings from another tool. Must be
             None for a store, because a store has its model's logit scale.
@@ -113,8 +113,8 @@ def open_source(
 class SealedStore(PickledByPath):
     """A complete store's documents and parts, without the classes.
 
-    The constructor checks documents, sizes, shapes and row counts. When a file is first read,
-    ``verify_file`` compares the file's hash with the receipt, and returns the file's path.
+    The constructor checks documents, sizes, shapes and row counts. ``verify_file`` returns a file's
+    path. The first time, it compares the file's hash with the receipt.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,9 +138,9 @@ class SealedStore(PickledByPath):
         map_part = partial(_map_part, ledger, part_starts)
         open_part = partial(map_part, self.verify_file)
         self.mapped_arrays = MappedArrays(part_starts, self.manifest.row_shapes, open_part)
-        # Every array is mapped once, to check the header. ``path.joinpath`` finds the files,
-        # because ``verify_file`` would also hash every file. A file is hashed later, when one of
-        # its rows is first read.
+        # Every array is mapped once, to check the header. Here ``path.joinpath`` finds the file,
+        # because ``verify_file`` would also hash the file. It is hashed later, when one of its rows
+        # is first read.
         for part in self.parts:
             for name in part.array_names:
                 map_part(path.joinpath, name, part.number)
@@ -151,7 +151,7 @@ class SealedStore(PickledByPath):
         return self.manifest.imported is None or self.manifest.imported.ids
 
     def require_agreement(self, agrees: bool) -> None:
-        """Raise ProvenanceError if ``agrees`` is False: the manifest does not fit the folder."""
+        """Raise ProvenanceError if the manifest does not fit the folder (``agrees`` is False)."""
         if not agrees:
             raise ProvenanceError(
                 f"{self.path / MANIFEST_FILE} seals other parts or classes than the folder holds. "
@@ -184,8 +184,8 @@ class SealedStore(PickledByPath):
             rows: (M,) row numbers in the store.
             with_captions: Whether captions, if any, are hashed with the pictures.
         """
-        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` are the positions in ``rows`` where
-        # the rows of part p stand.
+        # In sorted order, a part's rows stand together. Part p's rows are at the positions
+        # ``sorting_order[part_bounds[p] : part_bounds[p + 1]]`` in ``rows``.
         sorting_order = np.argsort(rows, kind="stable")
         part_bounds = np.searchsorted(rows, self.mapped_arrays.part_starts, sorter=sorting_order)
         n_rows_of_parts = np.diff(part_bounds)
@@ -222,7 +222,7 @@ class SealedStore(PickledByPath):
         pictures: list[bytes] = self._read_cells("picture", part_number, rows_in_part)
         has_captions = self.manifest.captions and with_captions
         if not has_captions:
-            # The column "picture" has picture hashes. Only a hash's first bytes are used.
+            # the column "picture" already has hashes, and only their first bytes are used
             first_bytes = b"".join(picture[:HASH_BYTES] for picture in pictures)
             return np.frombuffer(first_bytes, "<u8").astype(np.uint64)
         texts: list[str] = self._read_cells("caption", part_number, rows_in_part)
@@ -267,7 +267,7 @@ class StoredRows(EmbeddingSource):
     """A source with all or some rows of a store. The store's metadata identify the rows."""
 
     _sealed_store: SealedStore
-    _chosen_rows: Tensor | None = None  # (M,) row numbers in the store. None for all.
+    _chosen_rows: Tensor | None = None  # (M,) row numbers in the store. None: all rows.
 
     @property
     def identified_by(self) -> tuple[IdentityKind, ...]:
@@ -365,8 +365,8 @@ class EmbeddingStore(PickledByPath, StoredRows, MappedSource):
         self.outside = labels == OUTSIDE
         self.ids = self._sealed_store.keys()
         if not self._sealed_store.has_identifiers:
-            # The keys are the row numbers in the imported arrays. ``ListedNumbers`` marks the keys
-            # as numbers. Numbers identify no row in another source.
+            # The keys are only the row numbers in the imported arrays. ``ListedNumbers`` marks them
+            # as numbers, which identify no row in another source.
             self.ids = ListedNumbers(self.ids)
         if self.manifest.has_answers:
             answers = map(self._read_answers, self._sealed_store.parts)
@@ -485,8 +485,8 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
         )
         self.columns = frozenset()
         if self.pools.direction == "image_to_text":
-            # Columns belong to images. In the opposite direction, the images are the candidates for
-            # a caption. Then a column of the right image would reveal the answer.
+            # Columns belong to images. With "text_to_image", images are the candidates for a
+            # caption, so the right image's columns would reveal the answer.
             self.columns = frozenset(self.manifest.row_shapes) - {IMAGE, CAPTION}
         self.ids = sealed_store.keys(chosen_rows)
         self._sealed_store = sealed_store
@@ -499,9 +499,9 @@ class CaptionStore(PickledByPath, StoredRows, MappedPairs):
 
 
 def _rows_of_fold(sealed_store: SealedStore, fold: Fold) -> NDArray[np.int64]:
-    """Return the ascending row numbers (M,) whose caption is in a fold."""
-    part_sizes = np.diff(sealed_store.mapped_arrays.part_starts).tolist()
-    parts = zip(sealed_store.parts, part_sizes, strict=True)
+    """Return the ascending numbers (M,) of the rows with a caption in a fold."""
+    n_rows_of_parts = np.diff(sealed_store.mapped_arrays.part_starts).tolist()
+    parts = zip(sealed_store.parts, n_rows_of_parts, strict=True)
     metadata_files = (
         (sealed_store.verify_file(part.metadata_file), n_rows) for part, n_rows in parts
     )

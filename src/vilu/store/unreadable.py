@@ -48,16 +48,18 @@ def convert_damage_errors(
     """Convert ``exceptions``, which a library raises for a damaged file, into ``error_class``.
 
     The message is "PATH is CONDITION: REASON. HINT", where REASON is the exception's message. HINT
-    is a sentence with advice. System errors (``SYSTEM_ERRNOS``) have nothing to do with the file's
-    content. Such an error becomes a StorageError with the message "cannot read PATH: REASON."
+    is a sentence with advice.
+
+    System errors (``SYSTEM_ERRNOS``) have nothing to do with the file's content. They become a
+    StorageError with the message "cannot read PATH: REASON."
     """
     try:
         yield
     except ViLUError:
         raise
     except exceptions as error:
-        # Such an error says nothing about the content. For example, no file can be read without
-        # memory.
+        # A system error says nothing about the file's content. For example, it is raised if there
+        # are too many open files.
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRNOS:
             advice = ""
             if error.errno == errno.EMFILE:

@@ -48,7 +48,7 @@ def make_folds(cluster: Ints, failure: Ints, seed: int) -> list[Fold]:
 
     ``cluster`` (N,) is the cluster of each row. All rows of a cluster are in the same fold. A fold
     is left out if the rows outside the fold are all right or all wrong, because no fit to such rows
-    is possible.
+    is possible. An empty fold is left out, too.
 
     Raises:
         DataError: If all right answers, or all wrong answers, are in one fold.
@@ -83,7 +83,10 @@ def _too_few_message(cluster: Ints, failure: Ints) -> str:
 
 
 def log_losses(log_odds: Floats, failure: Ints) -> Floats:
-    """Compute the log-loss (N,) in nats of every row, from the failure log-odds (N,)."""
+    """Compute the log-loss (N,) in nats of every row, from the failure log-odds (N,).
+
+    For the log-odds s and the failure y, the loss is log(1 + exp(s)) - y s.
+    """
     return np.logaddexp(0, log_odds) - failure * log_odds
 
 
@@ -121,9 +124,9 @@ def rising_logistic(inputs: Floats, failure: Ints, ridge: float) -> Linear:
         # 1 / (1 + exp(-s)), written with tanh to avoid an overflow
         probability = (1 + np.tanh(log_odds / 2)) / 2
         error = probability - failure
-        gradient = inputs.T @ error / len(failure) + ridge * weights
+        gradient_of_weights = inputs.T @ error / len(failure) + ridge * weights
         gradient_of_intercept = error.mean()
-        return float(loss), np.append(gradient, gradient_of_intercept)
+        return float(loss), np.append(gradient_of_weights, gradient_of_intercept)
 
     initial_parameters = np.zeros(n_columns + 1)
     bounds = [(0.0, None)] * n_columns + [(None, None)]  # weights >= 0, and any intercept
@@ -162,8 +165,8 @@ def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
     column = log_odds[:, None]
     # the optimiser gets numbers from -1 to 1, whatever range the log-odds have
     magnitude = np.abs(column)
-    scale = max(float(magnitude.max()), 1e-12)
-    linear = ridge_logistic(column / scale, failure, ridge=1e-9)
+    scale = max(float(magnitude.max()), 1e-12)  # never 0
+    linear = ridge_logistic(column / scale, failure, ridge=1e-9)  # nearly without a penalty
     slope = float(linear.weights[0]) / scale
     if slope <= 0:
         return 1.0, 0.0
@@ -174,8 +177,11 @@ def platt_scaling(log_odds: Floats, failure: Ints) -> tuple[float, float]:
 class RisingMaps:
     """A rising function for every column: a sum of S pieces, each linear between two numbers.
 
-    The function of column c is sum_s rise[c, s] * clip((x - lower[c, s]) / width[c, s], 0, 1). A
-    number outside the range of the fit is mapped like the nearest number in this range.
+    A number x in column c is mapped to
+
+        sum_s rise[c, s] * clip((x - lower[c, s]) / width[c, s], 0, 1)
+
+    A number outside the range of the fit is mapped like the nearest number in this range.
     """
 
     lower: Floats  # (C, S) start of a piece
@@ -209,11 +215,13 @@ def straight_maps(numbers: Floats) -> RisingMaps:
 def rank_maps(numbers: Floats) -> RisingMaps:
     """Fit ranks: the log-odds of the share of rows with smaller numbers in the column.
 
-    Between ``N_KNOTS`` quantiles the function is linear, so different numbers stay different.
+    Between ``N_KNOTS`` quantiles the function is linear, so different numbers stay different if
+    they are between the lowest and the highest quantile.
     """
     n_columns = numbers.shape[1]
-    share = (np.arange(N_KNOTS) + 0.5) / N_KNOTS
+    share = (np.arange(N_KNOTS) + 0.5) / N_KNOTS  # never 0 or 1, so the log-odds are finite
     height = np.log(share) - np.log1p(-share)  # log-odds of the shares
+    # A column with fewer knots has unused pieces: their rise is 0, and their width is not 0.
     lower = np.zeros((n_columns, N_KNOTS - 1))
     width = np.ones((n_columns, N_KNOTS - 1))
     rise = np.zeros((n_columns, N_KNOTS - 1))
@@ -302,9 +310,10 @@ def fit_combination(
 def _fit_mapped(
     direction: Floats, maps: RisingMaps, mapped_numbers: Floats, failure: Ints, recipe: Recipe
 ) -> Combination:
-    """Fit the combination of a recipe to the ``mapped_numbers`` (N, C).
+    """Fit the combination of a recipe to ``mapped_numbers`` (N, C).
 
-    Columns outside the recipe get the weight 0.
+    These are the results of ``maps`` for the numbers times ``direction``. Columns outside the
+    recipe get the weight 0.
     """
     chosen_columns = list(recipe.columns)
     linear = rising_logistic(mapped_numbers[:, chosen_columns], failure, recipe.ridge)
@@ -332,7 +341,7 @@ def held_out_log_odds(
             for recipe, log_odds_of_recipe in log_odds.items():
                 if recipe.map_name == map_name:
                     combination = _fit_mapped(direction, maps, mapped_numbers, fit_failure, recipe)
-                    # the combination maps these numbers
+                    # not ``mapped_numbers``, because ``combination`` applies the maps itself
                     log_odds_of_recipe[held_out_mask] = combination(numbers[held_out_mask])
     return log_odds
 
@@ -357,8 +366,9 @@ class CrossValidation(NamedTuple, Generic[FitOption]):
             losses = log_losses(log_odds[is_known], failure[is_known])
             loss_of_option[option] = float(losses.mean())
         best_option = min(loss_of_option, key=loss_of_option.__getitem__)
-        is_known = np.isfinite(held_out[best_option])
-        slope, shift = platt_scaling(held_out[best_option][is_known], failure[is_known])
+        best_log_odds = held_out[best_option]
+        is_known = np.isfinite(best_log_odds)
+        slope, shift = platt_scaling(best_log_odds[is_known], failure[is_known])
         return cls(best_option, loss_of_option, slope, shift)
 
 
@@ -366,7 +376,8 @@ def best_combination(
     names: Sequence[str], numbers: Floats, failure: Ints, folds: Sequence[Fold]
 ) -> tuple[Combination, CrossValidation[Recipe]]:
     """Return the combination with the least log-loss on held-out rows, calibrated on these rows."""
-    comparison = CrossValidation.of(held_out_log_odds(names, numbers, failure, folds), failure)
+    log_odds_of_recipe = held_out_log_odds(names, numbers, failure, folds)
+    comparison = CrossValidation.of(log_odds_of_recipe, failure)
     combination = fit_combination(names, numbers, failure, comparison.best_option)
     linear = combination.linear.recalibrated(comparison.slope, comparison.shift)
     return replace(combination, linear=linear), comparison

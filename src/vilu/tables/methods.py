@@ -75,7 +75,7 @@ class AnswerMethod(FailurePredictor):
                 f"{self.name} selects by cross-validation. Leave the validation rows out, or add "
                 "them to the table."
             )
-        table = _as_table(train)
+        table = _table_or_source(train)
         return super().fit(table, unlabelled=unlabelled)
 
     def predict_uncertainty(  # type: ignore[override]
@@ -87,7 +87,7 @@ class AnswerMethod(FailurePredictor):
 
         Raises the errors of ``vilu.open_table`` and ``FailurePredictor.predict_uncertainty``.
         """
-        table = _as_table(data)
+        table = _table_or_source(data)
         uncertainty: Floats = super().predict_uncertainty(table, text)
         return uncertainty
 
@@ -112,12 +112,12 @@ class AnswerMethod(FailurePredictor):
             >>> bool(terms["score"][0] > 0 > terms["score"][-1])  # a low score is a doubt
             True
         """
-        table = _as_table(data)
+        table = _table_or_source(data)
         self._check_ready(table)
         batch_terms = []
-        fit_table = table.arranged(self.used_columns)
+        arranged_table = table.arranged(self.used_columns)
         with torch.no_grad():
-            for batch in fit_table.batches(len(fit_table), columns=self.columns_to_score):
+            for batch in arranged_table.batches(len(table), columns=self.columns_to_score):
                 terms_of_batch = self.terms(batch)
                 batch_terms.append(terms_of_batch.numpy())
         terms = np.concatenate(batch_terms)
@@ -131,9 +131,9 @@ class AnswerMethod(FailurePredictor):
             DataError: If the table lacks a column, or has features of another width.
         """
         self._check_ready(table)
-        fit_table = table.arranged(self.used_columns)
-        every_row = torch.arange(len(fit_table))
-        return {name: fit_table.column(name, every_row) for name in self.columns_to_score}
+        arranged_table = table.arranged(self.used_columns)
+        every_row = torch.arange(len(table))
+        return {name: arranged_table.column(name, every_row) for name in self.columns_to_score}
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -153,15 +153,16 @@ class AnswerMethod(FailurePredictor):
             )
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
-        """Refuse data that are no table, or whose features are unlike the features of the fit."""
+        """Refuse data that are no table, or whose features do not match the features of the fit."""
         require_kind(type(self), data)
-        if FEATURES in columns and FEATURES not in data.columns:
+        needs_features = FEATURES in columns
+        if needs_features and FEATURES not in data.columns:
             raise DataError(
                 f"this {self.name} was fitted with features, and this table has none. Give the "
                 "features of its rows, or fit on a table without features."
             )
         n_features = self.notes_.get(WIDTH_KEY, 0)
-        if FEATURES in columns and isinstance(data, AnswerTable) and data.n_features != n_features:
+        if needs_features and isinstance(data, AnswerTable) and data.n_features != n_features:
             raise self._width_error(expected=n_features, actual=data.n_features)
         # Methods without features still recognise near copies by the features. So the features must
         # be as wide as the features of the fit.
@@ -203,7 +204,7 @@ class AnswerMethod(FailurePredictor):
         return super()._scored_on_device(data, rows)
 
 
-def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
+def _table_or_source(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
     """Open ``data`` as a table. Embedding sources are returned unchanged, and refused later."""
     if isinstance(data, EmbeddingSource):
         return data
@@ -212,9 +213,9 @@ def _as_table(data: Any) -> Any:  # noqa: ANN401 - whatever open_table takes
 
 @dataclass
 class AnswerScore(AnswerMethod):
-    """A single table column, unchanged: u = -score, or u = uncertainty.
+    """The uncertainty is a single table column, or -1 times the column if it is a score.
 
-    Nothing is learned. Calibration turns the score into a failure probability.
+    Nothing is learned. Calibration turns the uncertainty into a failure probability.
 
     Args:
         column: The column's name. The name begins with ``score`` or ``uncertainty``.
@@ -291,13 +292,15 @@ def method_of_only_score(table: AnswerTable, command_after_fit: str = "") -> Ans
 class AnswerScores(AnswerMethod):
     """The best rising combination of number columns, by cross-validation.
 
-    P(failure) = sigmoid(sum_c w_c f_c(x_c) + b) with w_c >= 0
+    Let x_c be column c, multiplied by 1 or -1, so that a higher number means more likely wrong. The
+    map f_c is rising: a straight line, or the rank. With weights w_c >= 0,
 
-    Here x_c is a column multiplied by 1 or -1, so a higher number means more likely wrong. The map
-    f_c is a straight line, or the rank. So if a score falls, the uncertainty never falls. A 5-fold
-    cross-validation compares each column alone and all columns together, both maps, and five
-    strengths for a ridge penalty. The combination with the least log-loss is chosen. Its log-odds
-    are calibrated on the held-out folds (Platt). All rows of one cluster are in one fold.
+        P(failure) = sigmoid(sum_c w_c f_c(x_c) + b)
+
+    So if a score falls, the uncertainty never falls. A 5-fold cross-validation compares each column
+    alone and all columns together, both maps, and five strengths for a ridge penalty. The
+    combination with the least log-loss is chosen. Its log-odds are calibrated on the held-out folds
+    (Platt). All rows of one cluster are in one fold.
 
     Examples:
         >>> import numpy as np
@@ -318,6 +321,7 @@ class AnswerScores(AnswerMethod):
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    # the learned tensors in the notation of ``require_forms``: float64, C columns, S pieces
     _forms: ClassVar[str] = "direction:dC lower:dCS width:dCS rise:dCS weight:dC intercept:d"
 
     seed: int = 0
@@ -342,7 +346,7 @@ class AnswerScores(AnswerMethod):
         combination, comparison = best_combination(names, numbers, failure_array, folds)
         mapped_numbers = combination.maps(numbers * combination.direction)
         deviation_of_terms = mapped_numbers.std(axis=0) * combination.linear.weights
-        signs = (-combination.direction).astype(int).tolist()
+        signs = (-combination.direction).astype(int).tolist()  # as in ``sign_of``
         notes = {
             COLUMNS_KEY: list(names),
             "signs": dict(zip(names, signs, strict=True)),
@@ -374,11 +378,14 @@ class AnswerScores(AnswerMethod):
 class AnswerProbe(AnswerMethod):
     """Ridge logistic regression on the standardised number columns and features.
 
-    P(failure) = sigmoid(w . z + b), where z are the numbers and features of a row. Each has mean 0
-    and standard deviation 1 over the rows used to fit. The penalty has the strength with the least
-    log-loss in 5-fold cross-validation. The log-odds are calibrated on the held-out folds (Platt).
-    If the features are hidden states, the probe is P(I know) by Kadavath et al. (2022). All rows of
-    one cluster are in one fold.
+    Let z be the numbers and features of a row, each standardised to mean 0 and standard deviation 1
+    over the rows used to fit. With learned weights w and an intercept b,
+
+        P(failure) = sigmoid(w . z + b)
+
+    5-fold cross-validation chooses the penalty strength with the least log-loss. All rows of one
+    cluster are in one fold. The log-odds are calibrated on the held-out folds (Platt). If the
+    features are hidden states, the probe is P(I know) by Kadavath et al. (2022).
 
     Examples:
         >>> import numpy as np
@@ -398,6 +405,7 @@ class AnswerProbe(AnswerMethod):
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    # the learned tensors in the notation of ``require_forms``: float64, I inputs
     _forms: ClassVar[str] = "mean:dI scale:dI weight:dI intercept:d"
 
     seed: int = 0
@@ -427,14 +435,14 @@ class AnswerProbe(AnswerMethod):
         names = tuple(table.numbers)
         inputs = _probe_inputs(table, names)
         failure_array = failure.numpy()
-        cluster = table.inseparable()
-        folds = make_folds(cluster, failure_array, self.seed)
+        folds = make_folds(table.inseparable(), failure_array, self.seed)
         probe, comparison = best_probe(inputs, failure_array, folds)
         terms = (inputs - probe.mean) / probe.scale * probe.linear.weights
-        deviation_of_terms = terms[:, : len(names)].std(axis=0)
+        n_columns = len(names)
+        deviation_of_terms = terms[:, :n_columns].std(axis=0)
         term_names = names
-        if table.features is not None:
-            term_of_features = terms[:, len(names) :].sum(axis=1)
+        if table.features is not None:  # all features together are a single term
+            term_of_features = terms[:, n_columns:].sum(axis=1)
             deviation_of_terms = np.append(deviation_of_terms, term_of_features.std())
             term_names = (*names, FEATURES)
         ridge = comparison.best_option

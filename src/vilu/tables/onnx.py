@@ -30,7 +30,7 @@ from vilu.tables.methods import WIDTH_KEY, AnswerMethod
 from vilu.tables.table import FEATURES
 
 N_RANDOM_ROWS: Final = 257
-"""On how many random rows the file is compared with the predictor."""
+"""Number of random rows for comparing the file with the predictor."""
 
 
 class TableGraph(nn.Module):
@@ -56,9 +56,9 @@ def batch_of(numbers: Tensor, features: Tensor | None = None) -> Batch:
         columns[FEATURES] = features
     # The score of a table does not use images, texts, targets or row numbers. These inputs are made
     # from ``numbers``, so an export keeps the row count variable.
-    no_images = numbers[:, :0].float()
-    no_texts = no_images[:0]
-    zeros = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)
+    no_images = numbers[:, :0].float()  # (N, 0)
+    no_texts = no_images[:0]  # (0, 0)
+    zeros = torch.zeros_like(numbers[:, :1], dtype=torch.int64).sum(dim=1)  # (N,)
     return Batch(no_images, no_texts, target=zeros, index=zeros, logit_scale=1.0, columns=columns)
 
 
@@ -126,7 +126,7 @@ def _metadata(predictor: AnswerMethod, fingerprint: str) -> dict[str, str]:
 
 
 def random_graph_inputs(predictor: AnswerMethod) -> GraphInputs:
-    """Return input name -> random numbers near the fitted numbers, for the graph."""
+    """Make random rows near the fitted rows. Return input name -> numbers, for the graph."""
     generator = torch.Generator().manual_seed(0)
     n_columns = len(predictor.used_columns)
     width = n_columns + predictor.notes_.get(WIDTH_KEY, 0)
@@ -148,10 +148,10 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     learned = predictor.learned_
     if "mean" in learned:  # a probe
         return learned["mean"], learned["scale"]
-    if "lower" not in learned:
-        unit_scale = torch.ones(len(predictor.used_columns), dtype=torch.float64)
-        return torch.zeros_like(unit_scale), unit_scale
-    # A combination: the rising functions have the range from the first to the last piece. A column
+    if "lower" not in learned:  # a single column, without a fit
+        unit_spread = torch.ones(len(predictor.used_columns), dtype=torch.float64)
+        return torch.zeros_like(unit_spread), unit_spread
+    # A combination: a column's function rises from the first piece to the last piece. A column
     # without a piece gets the range from 0 to 0.
     is_piece = learned["rise"] > 0
     upper = learned["lower"] + learned["width"]
@@ -159,4 +159,7 @@ def _centre_and_spread(predictor: AnswerMethod) -> tuple[Tensor, Tensor]:
     upper_of_pieces = upper.where(is_piece, -torch.inf)
     lowest = lower_of_pieces.amin(dim=1).nan_to_num(posinf=0.0)
     highest = upper_of_pieces.amax(dim=1).nan_to_num(neginf=0.0)
-    return learned["direction"] * (lowest + highest) / 2, (highest - lowest) / 2
+    # The pieces are for the column times the direction 1 or -1. The product is undone here.
+    centre = learned["direction"] * (lowest + highest) / 2
+    spread = (highest - lowest) / 2
+    return centre, spread

@@ -61,9 +61,9 @@ def open_table(
     Args:
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
             pyarrow, or a dictionary with arrays and lists.
-        name: The data set's name. [the file name without its suffix]
+        name: The data set's name. By default the file name without its suffix.
         clusters: Name of the column for the role ``cluster``, such as "page". This column replaces
-            a column ``cluster``. [cluster]
+            a column ``cluster``. By default "cluster".
 
     Raises:
         DataError: If a column is missing or occurs twice, or if its name is similar to a known
@@ -87,7 +87,8 @@ def open_table(
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        return _read_file(path, path.stem if name is None else name, clusters)
+        dataset_name = path.stem if name is None else name
+        return _read_file(path, dataset_name, clusters)
     if isinstance(source, Mapping):
         arrays = {str(key): values for key, values in source.items()}
         unchecked_features = arrays.pop("features", None)
@@ -106,7 +107,7 @@ def _read_file(path: Path, name: str, cluster_column: str | None) -> AnswerTable
     if table_suffix(path) == ".csv":
         columns = _read_csv_file(path)
     else:
-        table, _ = read_table(path, ())
+        table, _ = read_table(path, text_columns=())
         columns = _columns_by_name(table)
     columns = _with_cluster_column(columns, cluster_column)
     unchecked_features = columns.pop("features", None)
@@ -141,7 +142,7 @@ def _require_utf8(path: Path) -> None:
     """Refuse a file with text in another encoding than UTF-8."""
     try:
         with path.open(encoding="utf-8") as file:
-            for _ in file:
+            for _ in file:  # decodes every line
                 pass
     except UnicodeDecodeError:
         raise DataError(
@@ -155,16 +156,16 @@ def _csv_columns(path: Path) -> dict[str, pa.ChunkedArray]:
     In many countries spreadsheets write semicolons between columns, and commas in numbers.
     """
     names = csv_names(path)
+    is_unsplit = len(names) == 1  # no comma in the first line
     for separator in (";", "\t"):
-        is_unsplit = len(names) == 1  # no comma in the first line
         if is_unsplit and separator in names[0]:
             separated_names = csv_names(path, separator)
-            table, _ = read_table(path, separated_names, separator)
+            table, _ = read_table(path, text_columns=separated_names, delimiter=separator)
             columns = _columns_by_name(table)
             for name in columns.keys() - set(ROLE_COLUMNS):
                 columns[name] = _with_decimal_points(columns[name])
             return columns
-    table, _ = read_table(path, names)
+    table, _ = read_table(path, text_columns=names)
     return _columns_by_name(table)
 
 
@@ -177,7 +178,8 @@ def _with_decimal_points(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     The column is returned unchanged if a cell is no number, or if commas may separate thousands.
     Commas may separate thousands if a cell has a point, or if all cells with commas look like
-    12,345. ``_CellReader.read_numbers`` refuses such a column.
+    12,345. If the column's name has a sign, ``_CellReader.read_numbers`` then refuses cells with
+    commas.
     """
     import pyarrow as pa
 
@@ -260,7 +262,8 @@ def _with_cluster_column(
             f"{', '.join(columns)}."
         )
     renamed = {**columns, "cluster": columns[cluster_column]}
-    if cluster_column not in ROLE_COLUMNS:  # a column with another role also keeps the old name
+    has_role = cluster_column in ROLE_COLUMNS  # such a column also keeps its name
+    if not has_role:
         del renamed[cluster_column]
     return renamed
 
@@ -331,7 +334,7 @@ def _require_known_names(source_name: str, columns: Mapping[str, pa.ChunkedArray
         normalised = name.strip().lower().replace(" ", "_").replace("-", "_")
         stem, _, _ = normalised.partition("_")
         has_role = normalised in ROLE_COLUMNS or stem in {SCORE, UNCERTAINTY}
-        if has_role and normalised != name:
+        if has_role and normalised != name:  # such as "Correct" or "Score max"
             raise DataError(
                 f"{source_name} has a column {name!r}. Write {normalised!r} if it is meant, or "
                 "another name."
@@ -445,7 +448,8 @@ def _has_numbers(column: pa.ChunkedArray) -> bool:
     is_numeric = any(check(data_type) for check in checks)
     if is_numeric:
         return True
-    if not _is_text(data_type) or column.null_count == len(column):
+    is_empty = column.null_count == len(column)
+    if is_empty or not _is_text(data_type):
         return False
     return all(_parse_number(cell) is not None for cell in column.to_pylist() if cell)
 

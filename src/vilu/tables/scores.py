@@ -19,14 +19,14 @@ from vilu.tables.table import AnswerTable, sign_of
 def scores_of_file(
     path: Path, predictor: Path | None = None, *, cluster_column: str | None = None
 ) -> list[Outcomes]:
-    """Return the scores of an answer table.
+    """Return the scores of an answer table, one ``Outcomes`` per method.
 
     Args:
         path: The table.
         predictor: Folder of the predictor that scores the answers. If the predictor is calibrated,
-            the scores have decisions, too. If None, each column with a sign in its name is a
-            separate method.
-        cluster_column: Name of the column with the clusters. [cluster]
+            the scores have decisions, too. If None, each column with a sign in its name
+            (``sign_of``) is a separate method.
+        cluster_column: Name of the column with the clusters. By default "cluster".
 
     Raises:
         UsageError: If no column has a sign in its name and there is no predictor.
@@ -56,9 +56,10 @@ def scores_of_columns(table: AnswerTable) -> list[Outcomes]:
     for name, numbers in table.numbers.items():
         sign = sign_of(name)
         if sign != 0:
+            uncertainty = -sign * numbers
             pictures = table.picture_identities()
             outcomes_of_column = Outcomes(
-                -sign * numbers,
+                uncertainty,
                 table.failure,
                 ids=table.ids,
                 picture=pictures,

@@ -25,7 +25,10 @@ from vilu.validation import checked
 
 SCORE: Final = "score"
 UNCERTAINTY: Final = "uncertainty"
-"""Columns named "score", "score_...", "uncertainty" or "uncertainty_..." have a sign."""
+"""Columns named "score", "score_...", "uncertainty" or "uncertainty_..." have a sign.
+
+See ``sign_of``.
+"""
 
 Text = TypeVar("Text", bound=str)
 
@@ -174,7 +177,7 @@ class AnswerTable(EmbeddingSource):
     def _batch_columns(self) -> dict[str, Tensor]:
         """Return name -> column, for the batch columns."""
         n_rows = len(self.ids)
-        logits_of_row = torch.tensor([[1.0, 0.0]])
+        logits_of_row = torch.tensor([[1.0, 0.0]])  # largest for candidate 0, the row's answer
         numbers = self.matrix(list(self.numbers))
         tensors = {
             LOGITS: logits_of_row.expand(n_rows, -1),
@@ -341,7 +344,9 @@ class AnswerTable(EmbeddingSource):
         Exact copies have equal features and equal numbers. Without features every row is a separate
         answer, because different answers often have equal scores.
         """
-        hashes = self.identities(self.identified_by[0], rows)
+        best_kind = self.identified_by[0]
+        hashes = self.identities(best_kind, rows)
+        # clear each hash's highest bit: the identities are from 0 to 2^63 - 1
         largest_identity = np.iinfo(np.int64).max
         identities = hashes & np.uint64(largest_identity)
         return identities.astype(np.int64)

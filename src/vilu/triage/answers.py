@@ -78,9 +78,9 @@ def unlabelled_scores(photos: Photos, outcomes: Outcomes, labels: Mapping[str, s
 
 
 def quantiles_of(uncertainty: Floats) -> Floats:
-    """Return for every photo the share (N,) of photos no more doubtful than this photo.
+    """Return for every photo the share (N,) of photos with at most the uncertainty of this photo.
 
-    NaN where the uncertainty is NaN.
+    The share is NaN if the photo's uncertainty is NaN. Such photos do not count in any share.
     """
     is_scored = np.isfinite(uncertainty)
     ascending = np.sort(uncertainty[is_scored])

@@ -74,7 +74,7 @@ class StoreDraws:
         book: The labels of the rows.
         outcomes: The scores of all rows.
         split: The rows for fits, and the rows for the guarantee.
-        draws: One draw for all answers. Or a draw for each large answer class, and a draw for
+        draws: Either one draw for all answers, or a draw for each large answer class and one for
             all small classes together. Draws are planned from the scores alone, without labels.
     """
 
@@ -133,8 +133,8 @@ class StoreDraws:
 
         The draws are served in this order:
 
-        1. Draws that are likely to get a guarantee.
-        2. Draws that have no guarantee and are not likely to get one.
+        1. Draws without a guarantee, if a guarantee is likely.
+        2. Draws without a guarantee, if a guarantee is not likely.
         3. Draws with a guarantee.
 
         Among draws with equal places in this order, the draw with fewer requested rows comes first.
@@ -150,7 +150,8 @@ class StoreDraws:
             unrequested_rows, n_asked = self._unrequested_rows(rows, trial.limit, was_asked)
             is_certified = all_progress[group].certified_index is not None
             for n_earlier, row in enumerate(unrequested_rows[:n].tolist()):
-                # The queue is sorted in ascending order, and False comes before True.
+                # The queue is sorted in ascending order, and False comes before True. The last
+                # number counts the rows of this draw that are requested before this row.
                 priority = (is_certified, not trial.likely, n_asked + n_earlier)
                 queue.append((priority, group, row))
         rows_of_draw: dict[str, list[int]] = {group: [] for group in self.draws}
@@ -159,13 +160,13 @@ class StoreDraws:
         return [np.array(rows, np.int64) for rows in rows_of_draw.values()]
 
     def _unrequested_rows(self, rows: Ints, limit: float, was_asked: Mask) -> tuple[Ints, int]:
-        """Return the rows up to a limit without a request, and how many have a request.
+        """Split the ``rows`` up to an uncertainty limit by whether their labels were requested.
 
-        The count is over the rows up to the limit. The rows without a request are in random order.
+        Returns the rows without a request, in random order, and the number of rows with a request.
         """
-        below_limit = rows[self.outcomes.uncertainty[rows] <= limit]
-        unrequested_rows = below_limit[~was_asked[below_limit]]
-        n_asked = len(below_limit) - len(unrequested_rows)
+        rows_up_to_limit = rows[self.outcomes.uncertainty[rows] <= limit]
+        unrequested_rows = rows_up_to_limit[~was_asked[rows_up_to_limit]]
+        n_asked = len(rows_up_to_limit) - len(unrequested_rows)
         return self.split.in_random_order(unrequested_rows), n_asked
 
     def progress(self, max_risk: float, delta: float) -> dict[str, GuaranteeProgress]:
@@ -184,7 +185,8 @@ class StoreDraws:
             [fingerprint_of_path.get(path) == fingerprint for path in self.photos.ids], np.bool_
         )
         other_fingerprints = set(fingerprint_of_path.values()) - {fingerprint}
-        level = level_of(len(other_fingerprints) + 1, delta / len(self.draws))
+        attempt = len(other_fingerprints) + 1  # this predictor counts as the last one
+        level = level_of(attempt, delta / len(self.draws))
         has_open_request = self.split.has_open_request & is_for_this_predictor
         all_progress = {}
         for group, (rows, trial) in self.draws.items():
@@ -244,7 +246,8 @@ def plan_draws(outcomes: Outcomes, rows: Ints, max_risk: float, *, per_class: bo
     if per_class:
         all_names = group_names(outcomes)
         group_of_row = [all_names[row] for row in rows.tolist()]
-    rows_needed = partial(n_right_labels_needed, max_risk)  # minimum number of rows in a group
+    # maps a group's level to the smallest sufficient number of rows
+    rows_needed = partial(n_right_labels_needed, max_risk)
     groups = rows_of_groups(group_of_row, len(rows), delta, rows_needed)
     draws = {}
     for group, members in groups.items():
@@ -346,8 +349,11 @@ def calibrate_by_labels(
 
     The guarantee is valid even if the calibration is repeated after every label.
 
-    Two kinds of labels count. The first kind: labels on rows that were picked at random ("given").
-    The second kind: all labels in a draw up to the last position requested with this predictor.
+    Two kinds of labels count:
+
+    - labels on rows that were picked at random ("given")
+    - labels of the rows drawn for a guarantee, in the random order, up to the first row without a
+      label
 
     If labels were requested for several predictors' tests, each predictor has a share of the
     level (``level_of``). So ``files`` must contain the tables of all these predictors.

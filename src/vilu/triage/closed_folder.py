@@ -46,7 +46,8 @@ class FolderSplit(PhotoSplit):
         is_first = one_row_per_picture(split.random_position, split.is_answered)
         is_readable = np.zeros(len(photos), np.bool_)
         is_readable[photos.usable_rows.numpy()] = True
-        # If a photo is picked, all photos with the same picture count as picked.
+        # If a photo is picked, all photos with the same picture count as picked. They have the same
+        # position.
         picked_positions = split.random_position[_picked_mask(photos, book)]
         has_picked_picture = np.isin(split.random_position, picked_positions)
         no_given_label = np.zeros(len(photos), np.bool_)  # only drawn photos count
@@ -99,10 +100,9 @@ class FolderSplit(PhotoSplit):
         The population's labelled photos outside ``rows`` were not drawn at random. The labels of
         these photos are known, so the tests count these photos apart from the sample.
         """
-        is_answered = self.usable_calibration_mask & self.is_answered
-        is_in_sample = np.zeros(len(is_answered), np.bool_)
+        is_in_sample = np.zeros(len(self.is_answered), np.bool_)
         is_in_sample[rows] = True
-        is_not_drawn = is_answered & ~is_in_sample
+        is_not_drawn = self.usable_calibration_mask & self.is_answered & ~is_in_sample
         failure = np.where(self.is_skipped, 1, outcomes.failure)  # a skipped photo counts as wrong
         uncertainty: Floats = outcomes.uncertainty
         grid = np.array(trial.grid)
@@ -139,7 +139,7 @@ class FolderSplit(PhotoSplit):
             return None
         identities = photos.picture_identities()
         pictures = np.unique(identities[is_covered])
-        n_files = int(np.isin(identities, pictures).sum())
+        n_files = int(np.isin(identities, pictures).sum())  # copies of these pictures count, too
         return ClosedPhotos(pictures=tuple(pictures.tolist()), files=n_files)
 
 
@@ -156,4 +156,4 @@ SPLIT_CLASSES: Final[dict[GuaranteePopulation, type[PhotoSplit]]] = {
     "new": PhotoSplit,
     "folder": FolderSplit,
 }
-"""Maps what the guarantee is about to the class that splits the photos."""
+"""Maps the setting ``about`` to the class that splits the photos."""

@@ -1,6 +1,6 @@
-"""One random draw of rows up to a limit, and a calibration by the labels of all drawn rows.
+"""Draws rows at random up to an uncertainty limit, and calibrates by the labels of all drawn rows.
 
-Every row in a store is on one of two sides (``vilu.triage.labels``). The fit-side scores choose an
+Every row in a store is on one of two sides (``vilu.triage.labels``). The fit-side scores choose the
 uncertainty limit. Then rows on the calibration side up to this limit are drawn at random. The limit
 does not depend on the scores of these rows. So, for a fixed limit, the drawn rows are independent
 draws from the answers up to the limit. Therefore
@@ -83,7 +83,7 @@ class GuaranteeDraw:
     Attributes:
         record: The facts that decide the draw.
         n_open: How many drawn rows have no label.
-        is_expected: Whether a guarantee up to the limit is expected, by the predictor's
+        is_expected: Whether a guarantee up to the limit is expected, from the predictor's
             probabilities.
     """
 
@@ -128,9 +128,9 @@ def draw_for_guarantee(
     seed: int,
     overwrite: bool = False,
 ) -> GuaranteeDraw:
-    """Draw ``n`` rows whose score is at most a limit. Write a table with the rows, and a record.
+    """Draw ``n`` rows up to an uncertainty limit. Write a table with the rows, and a record.
 
-    If fewer than ``n`` rows have such a score, all of them are drawn.
+    If fewer than ``n`` rows are up to the limit, all of them are drawn.
 
     Args:
         folder: The predictor's folder.
@@ -145,7 +145,8 @@ def draw_for_guarantee(
     Raises:
         UsageError: If the predictor gives no probability, if ``n`` rows are too few for any
             guarantee, or if there is a record already.
-        DataError: If no row can choose the limit, or if there are too few rows up to the limit.
+        DataError: If no score can be used to choose the limit, or if too few rows are up to the
+            limit.
     """
     _require_no_record(table, overwrite=overwrite)
     _require_enough_rows(n, max_risk)
@@ -204,9 +205,9 @@ def _require_enough_rows(n: int, max_risk: float) -> None:
 def _rows_up_to_limit(
     draws: StoreDraws, limit: float, max_risk: float, store: EmbeddingStore
 ) -> Ints:
-    """Return the calibration-side rows (M,) up to a limit. Raises DataError if too few."""
-    is_below = draws.split.usable_calibration_mask & (draws.outcomes.uncertainty <= limit)
-    rows = np.flatnonzero(is_below)
+    """Return the rows (M,) that may be drawn up to a limit. Raises DataError if too few."""
+    can_be_drawn = draws.split.usable_calibration_mask & (draws.outcomes.uncertainty <= limit)
+    rows = np.flatnonzero(can_be_drawn)
     fewest = _fewest_rows(max_risk)
     if len(rows) < fewest:
         raise DataError(
@@ -226,20 +227,18 @@ def _choose_limit(
     ``is_unseen`` (N,) is True for rows that the predictor was not fitted on.
     """
     uncertainty = draws.outcomes.uncertainty
-    is_calibration = draws.split.usable_calibration_mask
-    # The limit must not depend on the tested rows, so calibration-side rows do not choose the
-    # limit. Rows that the predictor was fitted on do not choose the limit either, because their
+    # The limit must not depend on the tested rows, so it is chosen without the calibration-side
+    # scores. It is also chosen without the rows that the predictor was fitted on, because their
     # scores are too low.
-    is_of_fit_side = draws.split.is_usable & ~is_calibration
-    chooses_limit = is_of_fit_side & is_unseen & np.isfinite(uncertainty)
-    if not chooses_limit.any():
+    decides_limit = draws.split.usable_fit_mask & is_unseen & np.isfinite(uncertainty)
+    if not decides_limit.any():
         raise DataError(
             "the predictor was fitted on all rows of the fit side. The limit of the draw is chosen "
             "by rows that it has not seen. A fit on a store has seen all of its rows, also rows "
             "without a label: fit on the labelled rows with `vilu fit STORE --labels FILE`."
         )
-    n_possible = min(n, int(is_calibration.sum()))
-    return choose_limit_of_draw(uncertainty[chooses_limit], n_possible, max_risk, 1 - CONFIDENCE)
+    n_possible = min(n, int(draws.split.usable_calibration_mask.sum()))
+    return choose_limit_of_draw(uncertainty[decides_limit], n_possible, max_risk, 1 - CONFIDENCE)
 
 
 def _entries_and_answers(

@@ -42,7 +42,7 @@ GROWTH_FOR_CANDIDATE: Final = 1.25
 """From one candidate to the next, the number of labels must grow by this factor."""
 
 GROWTH_FOR_UNLIKELY_CANDIDATE: Final = 3
-"""With so many times the labels, a candidate is tested even if a guarantee is not likely."""
+"""With this many times the tested predictor's labels, even an unlikely candidate is tested."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,10 @@ def fit_case(
         is_guaranteed: Whether the present predictor has a guarantee in force.
         has_calibration_photos: Whether any photo is on the calibration side.
     """
-    is_same_method = state.method == method and is_saved
+    has_predictor_of_method = is_saved and state.method == method
     uses_labels = method != METHOD_WITHOUT_LABELS
     new_fit_helps = uses_labels and _has_enough_new_labels(state, n_labels, is_guaranteed)
-    if is_same_method and not new_fit_helps:
+    if has_predictor_of_method and not new_fit_helps:
         return FitCase.UP_TO_DATE
     if is_guaranteed and not has_calibration_photos:
         return FitCase.NOTHING_TO_COMPARE
@@ -106,16 +106,16 @@ def _has_enough_new_labels(state: TriageState, n_labels: int, is_guaranteed: boo
         n_before = max(n_fit, state.n_fit_of_last_candidate, 1)
         return n_labels >= GROWTH_FOR_CANDIDATE * n_before
     trial = state.tested_trial
-    is_tested = trial is not None and trial.level > 0
+    is_tested = trial is not None and trial.level > 0  # 0 until the test has enough labels
     factor = GROWTH_AFTER_TEST if is_tested else GROWTH_BEFORE_TEST
     return n_labels >= factor * max(n_fit, 1)
 
 
 def is_worth_testing(candidate: Trial, state: TriageState, n_labels: int) -> bool:
-    """Return whether to test a candidate: it is likely to accept more, or has far more labels.
+    """Return whether to test a candidate: if a guarantee is likely, or if it has far more labels.
 
     ``candidate.likely`` is estimated from the candidate's probabilities, without calibration
-    labels. So a candidate without a test uses no share of the level.
+    labels. So if a candidate is not tested, no share of the level is used.
     """
     n_before = max(_n_fit(state.tested_trial), 1)
     has_far_more_labels = n_labels >= GROWTH_FOR_UNLIKELY_CANDIDATE * n_before
@@ -128,7 +128,7 @@ def _n_fit(trial: Trial | None) -> int:
 
 
 def choose_method(photos: Photos, fit_rows: Ints) -> str:
-    """Choose the method to fit: the method uses labels if enough rows have a class."""
+    """Choose the method: with labels if enough rows are labelled with a class, else without."""
     target = photos.target.numpy()[fit_rows]
     n_with_class = np.count_nonzero(target >= 0)
     return METHOD_WITH_LABELS if n_with_class >= MIN_LABELS_TO_FIT else METHOD_WITHOUT_LABELS
@@ -157,10 +157,9 @@ def _add_held_out_answers(predictor: FailurePredictor, labelled_photos: Embeddin
     """Give a predictor cross-fitted answers about the rows of its fit, if these are needed.
 
     The answers are used to choose the answer kind, and to estimate which answers are likely right.
-    A fit that pools experts has held-out answers already. Five more such fits would take
-    most of a run's time, so then no answers are cross-fitted. There is one exception. The
-    held-out answers of such a fit lack the "none of the classes" rows, where every answer is wrong.
-    So if there are such rows, answers are cross-fitted.
+    A fit that pools experts has held-out answers already. These answers are kept, because five more
+    such fits would take most of a run's time. But they lack the "none of the classes" rows, where
+    every answer is wrong. If there are such rows, all answers are cross-fitted.
     """
     has_outside = bool(labelled_photos.outside.any())
     if predictor.held_out_ is None or has_outside:
@@ -171,7 +170,7 @@ def _add_held_out_answers(predictor: FailurePredictor, labelled_photos: Embeddin
 def estimate_likely_right(
     predictor: FailurePredictor, uncertainty: Floats, max_risk: float
 ) -> LikelyRight:
-    """Estimate the likely right answers of a new predictor.
+    """Estimate which answers are likely right according to a new predictor.
 
     Args:
         predictor: The new predictor, after the choice of the answer kind.
@@ -202,7 +201,7 @@ def answer_to_judge(
     labelled_photos: EmbeddingSource,
     max_risk: float,
 ) -> AnswerChoice:
-    """Choose which answers a new predictor judges.
+    """Choose the kind of answers that a new predictor judges.
 
     The choice depends on fit-side labels alone. The guarantee depends on calibration labels,
     so these labels must not decide about the answer kind.

@@ -1,15 +1,15 @@
 """Forecasts how many photos could be accepted, before anybody gives the labels.
 
 The labels are simulated, as if no label were given yet. The simulation draws as many photos up to
-the planned limit as a triage would draw. Each drawn photo gets a simulated label. The label says
-"wrong" with the predictor's failure probability. These probabilities may all be too low or too
-high, so each simulation multiplies all probabilities by the same random factor. The simulated
-labels are tested after every round, like real labels.
+the planned uncertainty limit as a triage would draw. Each drawn photo gets a simulated label. The
+label says "wrong" with the predictor's failure probability. These probabilities may all be too low
+or too high, so each simulation multiplies all probabilities by the same random factor. The
+simulated labels are tested after every round, like real labels.
 
-A predictor gets better with more labels. The simulation does not include this effect. So if the
-upper end of a range is not 0, it is raised to at least a certain share of the photos: the largest
-share whose mean probability is at most a multiple of the risk (``MULTIPLE_BEFORE_LABELS``,
-``MULTIPLE_AFTER_LABELS``).
+A predictor gets better with more labels. The simulation does not include this effect. So the upper
+end of a range may be raised if it is not 0. The photos with the lowest probabilities are taken, as
+long as their mean probability is at most a multiple of the risk (``MULTIPLE_BEFORE_LABELS``,
+``MULTIPLE_AFTER_LABELS``). The upper end is at least the share of these photos.
 
 The ranges are estimates, not guarantees. docs/triage.md reports how often the ranges held.
 """
@@ -61,10 +61,10 @@ MAX_LABELS_BEFORE_DRAW: Final = 100
 """The first draw needs one fit-side label per class, but at most this many labels."""
 
 SHARE_WORTH_A_DRAW: Final = 0.3
-"""If the limit includes a smaller share of photos, more labels to fit on are asked for first."""
+"""If a smaller share of photos is up to the limit, labels to fit on are asked for first."""
 
 LABELS_ENOUGH_FOR_DRAW: Final = 200
-"""With this many fit-side labels, photos are drawn even if the limit includes few photos."""
+"""With this many fit-side labels, photos are drawn even if few photos are up to the limit."""
 
 MakeTests = Callable[[Trial, Floats, float, float], AnyThresholdTests]
 """Makes a trial's tests from the photo scores, the risk and the level."""
@@ -74,8 +74,9 @@ def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
     """Return whether the predictor was fitted on enough labels to draw calibration photos.
 
     With more labels to fit on, a predictor can accept more photos. So a draw waits for labels to
-    fit on, unless the limit already includes a large share of the photos.
+    fit on, unless a large share of the photos is already up to the uncertainty limit.
     """
+    # one label per class, but not below the minimum and not above the maximum
     n_required = min(max(n_classes, MIN_LABELS_BEFORE_DRAW), MAX_LABELS_BEFORE_DRAW)
     if n_fit_labels < n_required:
         return False
@@ -297,14 +298,13 @@ class _Simulation:
         # for each photo, the mean probability over this photo and all photos with lower scores
         mean_probability = np.cumsum(self.scores) / np.arange(1, len(self.scores) + 1)
         # The scores are ascending, so this is True for the first photos and False for the rest.
-        is_below = mean_probability <= multiple * max_risk
-        share_below = float(is_below.mean())
-        return ExpectedShare(
-            n_labels=n_labels, lowest=float(lowest), highest=max(float(highest), share_below)
-        )
+        has_low_mean = mean_probability <= multiple * max_risk
+        share_with_low_mean = float(has_low_mean.mean())
+        highest = max(float(highest), share_with_low_mean)
+        return ExpectedShare(n_labels=n_labels, lowest=float(lowest), highest=highest)
 
     def _simulated_share(self, tests: AnyThresholdTests, n_drawn: int) -> float:
-        """Return the share of photos that simulated labels certify, with a test every round."""
+        """Simulate labels and tests. Return the share of photos up to the certified threshold."""
         rows_up_to_limit = np.flatnonzero(self.scores <= tests.limit)
         drawn_rows: Ints = self.rng.permutation(rows_up_to_limit)[:n_drawn]
         drawn_scores = self.scores[drawn_rows]

@@ -72,8 +72,8 @@ class PhotoSplit:
         pictures = photos.pictures
         is_calibration, unsigned_position = sides_and_positions(pictures, seed)
         n = len(photos)
-        is_usable = np.zeros(n, np.bool_)
-        is_usable[photos.usable_rows.numpy()] = True
+        is_readable = np.zeros(n, np.bool_)
+        is_readable[photos.usable_rows.numpy()] = True
         is_answered = np.zeros(n, np.bool_)
         is_skipped = np.zeros(n, np.bool_)
         is_given = np.zeros(n, np.bool_)
@@ -91,8 +91,9 @@ class PhotoSplit:
         # ``N_POSITIONS``, and fits into int64.
         random_position = (unsigned_position >> np.uint64(1)).astype(np.int64)
         is_first = one_row_per_picture(random_position, is_answered & ~has_changed)
+        may_be_from_fit_side = is_calibration & has_changed
         return cls(
-            is_usable=is_usable & is_first & ~(is_calibration & has_changed),
+            is_usable=is_readable & is_first & ~may_be_from_fit_side,
             is_calibration=is_calibration,
             random_position=random_position,
             is_labelled=is_answered & ~is_skipped,
@@ -104,12 +105,12 @@ class PhotoSplit:
 
     @property
     def usable_calibration_mask(self) -> Mask:
-        """(N,) bool, usable photos on the calibration side. These may count for a guarantee."""
+        """(N,) bool, True for usable photos on the calibration side. Their labels may count."""
         return self.is_usable & self.is_calibration
 
     @property
     def usable_fit_mask(self) -> Mask:
-        """(N,) bool, usable photos on the fit side. Predictors may be fitted on these photos."""
+        """(N,) bool, True for usable photos on the fit side. Predictors may be fitted on them."""
         return self.is_usable & ~self.is_calibration
 
     @property
@@ -122,15 +123,18 @@ class PhotoSplit:
         return rows[np.argsort(self.random_position[rows])]
 
     def unanswered_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """Return calibration rows (M,) up to a limit without a label, in the random order."""
-        is_open = self.usable_calibration_mask & (uncertainty <= limit) & ~self.is_answered
-        open_rows = np.flatnonzero(is_open)
-        return self.in_random_order(open_rows)
+        """Return the unanswered calibration rows (M,) up to a limit, in the random order.
+
+        A photo is unanswered if it is neither labelled nor skipped.
+        """
+        can_count = self.usable_calibration_mask & (uncertainty <= limit)
+        rows = np.flatnonzero(can_count & ~self.is_answered)
+        return self.in_random_order(rows)
 
     def counted_rows(self, uncertainty: Floats, limit: float) -> Ints:
-        """Return calibration rows (M,) up to a limit that count for a guarantee.
+        """Return the calibration rows (M,) up to an uncertainty limit that count for a guarantee.
 
-        All rows before the first row without a label count, in the random order. Rows picked at
+        In the random order, all rows before the first row without a label count. Rows picked at
         random and labelled without a request count, too.
         """
         # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.
@@ -139,9 +143,9 @@ class PhotoSplit:
         end_position = N_POSITIONS
         if len(unanswered_rows):
             end_position = int(self.random_position[unanswered_rows[0]])
-        is_below_limit = self.usable_calibration_mask & (uncertainty <= limit)
-        is_drawn = is_below_limit & (self.random_position < end_position)
-        return np.flatnonzero(is_drawn | (is_below_limit & self.has_given_label))
+        can_count = self.usable_calibration_mask & (uncertainty <= limit)
+        is_before_end = self.random_position < end_position
+        return np.flatnonzero(can_count & (is_before_end | self.has_given_label))
 
     # ``FolderSplit`` replaces the methods below for a guarantee about the photos in the folder.
 
@@ -211,7 +215,7 @@ def one_row_per_picture(random_position: Ints, is_preferred: Mask) -> Mask:
         random_position: (N,) positions in the random order. Equal pictures have equal positions.
         is_preferred: (N,) bool, True for preferred rows.
     """
-    rows_preferred_first = np.argsort(~is_preferred, kind="stable")
+    rows_preferred_first = np.argsort(~is_preferred, kind="stable")  # False sorts before True
     # ``np.unique`` finds the first row at every position.
     _, first_indices = np.unique(random_position[rows_preferred_first], return_index=True)
     is_chosen = np.zeros(len(random_position), np.bool_)
@@ -222,8 +226,8 @@ def one_row_per_picture(random_position: Ints, is_preferred: Mask) -> Mask:
 def draw_probability(last_position: int) -> float:
     """Compute the probability that a photo is drawn.
 
-    This is the share of positions up to the last drawn position. ``last_position`` is -1 if no
-    photo is drawn.
+    This is the share of positions up to the last drawn position. The first position is 0, and
+    ``last_position`` is -1 if no photo is drawn.
     """
     return (last_position + 1) / N_POSITIONS
 
@@ -337,7 +341,7 @@ def keep_guarantee(
     rule: Rule,
     dataset: str,
 ) -> Calibration:
-    """Write a rule to the predictor's folder, like ``vilu calibrate``.
+    """Write a rule to the predictor's folder, like ``vilu calibrate``. Return the calibration.
 
     ``counted_outcomes`` are the outcomes of the photos that count for the rule.
     """
@@ -348,7 +352,7 @@ def keep_guarantee(
         max_risk=rule.max_risk,
         confidence=rule.confidence,
         method="anytime",
-        per_class=ALL_ROWS_GROUP not in all_progress,  # ``ALL_ROWS_GROUP`` would be the only group
+        per_class=ALL_ROWS_GROUP not in all_progress,  # with this group there are no others
     )
     draws = {group: settings_of_tests(progress.tests) for group, progress in all_progress.items()}
     dataset_and_split = (dataset, None)  # photos have no split

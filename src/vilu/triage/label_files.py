@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,9 @@ from vilu.errors import OUTSIDE, OUTSIDE_NAME, DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.text import plural
 from vilu.triage.labels import SKIPPED, meant_name
+
+MAX_CLASS_LIST_LENGTH: Final = 200
+"""Maximum length of the class list in an error, in characters."""
 
 
 def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
@@ -94,9 +98,10 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
             continue
         name = meant_name(label_of_row, target_of)
         if name is None:
+            class_list = ", ".join(map(str, outcomes.class_names))
             raise DataError(
                 f"{label_of_row!r} is no class of {scores}. Its classes: "
-                f"{', '.join(map(str, outcomes.class_names))[:200]}."
+                f"{class_list[:MAX_CLASS_LIST_LENGTH]}."
             )
         rows.append(row)
         targets.append(target_of[name])
@@ -106,12 +111,13 @@ def _labelled_scores(scores: Path, labels: Mapping[str, str]) -> Outcomes:
             f"its first row is {outcomes.ids[0]!r}."
         )
     target = np.array(targets)
-    failure = (np.array(outcomes.prediction)[rows] != target).astype(np.int64)
+    is_wrong = np.array(outcomes.prediction)[rows] != target
+    failure = is_wrong.astype(np.int64)
     return replace(outcomes.take(np.array(rows)), target=target, failure=failure)
 
 
 def add_label(labels: dict[str, str], source: Path, path: str, label: str | None) -> None:
-    """Add a label. None is no label. Raises DataError if the photo has a different label."""
+    """Add a label, or nothing if it is None. Raises DataError if the photo has another label."""
     if label is None:
         return
     first_label = labels.setdefault(path, label)  # adds the label if the photo has none

@@ -85,7 +85,7 @@ class Entry:
     def was_another_picture(self, picture: bytes) -> bool:
         """Return whether the photo had a different picture than ``picture`` when it was labelled.
 
-        False if the labelled picture is not known.
+        If the labelled picture is not known, return False.
         """
         return self.picture not in {"", picture.hex()}
 
@@ -129,10 +129,9 @@ class GivenFile:
     Attributes:
         labels: Maps photo paths to labels.
         streams: Maps photo paths to the streams of these labels, as named in the file.
-        answers: Answers to open requests whose photos have other paths now, by the former path.
-        names: The photo names in the file, whether a photo was found or not.
-        labelled_pictures: Labels of known pictures, if the file is a book. Such a label belongs to
-            the picture, at whatever path.
+        answers: Maps former paths of renamed photos to labels. Each label answers an open request.
+        names: All photo names to match by name, also names without a photo.
+        labelled_pictures: Entries to match by picture, whatever the paths, if the file is a book.
     """
 
     labels: dict[str, str]
@@ -226,8 +225,8 @@ class LabelBook:
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
         """Note the pictures of new requests and of new labels.
 
-        ``pictures`` maps paths to picture digests. Returns how many photos have a picture that has
-        changed since the label was given.
+        ``pictures`` maps paths to picture digests. Returns how many labelled photos have another
+        picture now than the labelled picture.
         """
         n_photos_changed = 0
         for path, picture in pictures.items():
@@ -241,14 +240,14 @@ class LabelBook:
         return n_photos_changed
 
     def add_label(self, entry: Entry) -> None:
-        """Add an entry with a label. If the path has a label of another picture, keep that, too."""
+        """Add an entry with a label. An entry for another picture at its path is set aside."""
         present = self.entries.get(entry.path)
         if present is not None and present.picture not in {"", entry.picture}:
             self._set_aside(present)
         self.entries[entry.path] = entry
 
     def answer_requests(self, answers: Mapping[str, str]) -> None:
-        """Note answers to open requests. The picture stays that of the request."""
+        """Note answers to open requests. Each entry keeps the picture of the request."""
         now = int(time.time())
         for path, label in answers.items():
             entry = self.entries.get(path)
@@ -258,9 +257,9 @@ class LabelBook:
     def set_aside_other_pictures(
         self, labels: Mapping[str, str], picture_of_path: Mapping[str, bytes]
     ) -> None:
-        """Set labels aside that differ from ``labels`` because of another picture at the path.
+        """Set a label aside if its path has another picture now, and a new label in ``labels``.
 
-        So a new label of such a photo replaces no label of another picture.
+        So the new label does not replace the label of the earlier picture.
         """
         for path, label in labels.items():
             entry = self.entries.get(path)
@@ -271,7 +270,10 @@ class LabelBook:
                 self._set_aside(entry)
 
     def _set_aside(self, entry: Entry) -> None:
-        """Keep an entry whose path another label takes, under a path that no photo has."""
+        """Keep an entry under a path that no photo has, because its path belongs to another label.
+
+        The new path is, for example, "a.jpg (8a41b0c2)".
+        """
         path = f"{entry.path} ({entry.picture[:8]})"
         while path in self.entries:
             path += "'"
@@ -280,8 +282,8 @@ class LabelBook:
     def follow_pictures(self, picture_of_path: Mapping[str, bytes]) -> int:
         """Move every entry to a photo that has the entry's picture now (``places_of_entries``).
 
-        An entry that is not moved stays at its path, or is displaced (``_displaced_entries``). Then
-        a label is set aside, and a request is removed.
+        An entry that is not moved stays at its path, or is displaced (``_displaced_entries``). A
+        displaced label is set aside, and a displaced request is removed.
 
         ``picture_of_path`` maps the paths of all photos to picture digests. Returns how many
         entries have lost their path.
@@ -291,6 +293,7 @@ class LabelBook:
         reserved_paths = {entry.path for entry in self if entry.label and not entry.picture}
         places = places_of_entries(entries, picture_of_path, reserved_paths)
         taken_paths = {*places.values(), *reserved_paths}
+        # an entry without a place is not moved
         moved_entries = [
             entry for entry in entries if places.get(entry.path, entry.path) != entry.path
         ]
@@ -415,17 +418,19 @@ def _displaced_entries(
     taken_paths: Collection[str],
     picture_of_path: Mapping[str, bytes],
 ) -> list[Entry]:
-    """Return the entries that have no place and lose their path.
+    """Return the entries that have no place (``places_of_entries``) and lose their path.
 
-    They lose it to the entry of another photo, or because the path has another picture now, and the
-    photos with the former picture have entries already. If no photo has the former picture, the
-    photo may only have been edited, and the entry stays.
+    Such an entry loses its path in two cases:
+
+    - The entry of another photo takes the path.
+    - The path has another picture now, and only other photos have the entry's picture. If no photo
+      has this picture, the photo may only have been edited, and the entry keeps its path.
     """
     present_pictures = {picture.hex() for picture in picture_of_path.values()}
     displaced_entries = []
     for entry in entries:
-        is_elsewhere = entry.picture in present_pictures and entry.path in picture_of_path
-        if entry.path not in places and (is_elsewhere or entry.path in taken_paths):
+        is_replaced = entry.path in picture_of_path and entry.picture in present_pictures
+        if entry.path not in places and (is_replaced or entry.path in taken_paths):
             displaced_entries.append(entry)
     return displaced_entries
 
@@ -436,10 +441,10 @@ def _latest_label_first(entry: Entry) -> tuple[bool, int]:
 
 
 def _unasked_stream(path: str, streams: Mapping[str, str]) -> Stream:
-    """Return an unrequested label's stream: "given" unless ``streams`` names another stream.
+    """Return the stream of a label that nobody requested: "given" or "fit".
 
-    Any other stream becomes "fit". The stream cannot be "calibration", because this triage has not
-    drawn the photo.
+    The stream is "given" if ``streams`` names "given" or no stream, and otherwise "fit". It cannot
+    be "calibration", because this triage has not drawn the photo.
     """
     stream = streams.get(path, "given")
     return "given" if stream == "given" else "fit"
@@ -459,7 +464,8 @@ def sides_and_positions(
     Returns:
         (N,) bool, True on the calibration side, and (N,) uint64 positions in the random order.
     """
-    hashes = [hashlib.sha256(b"vilu.side:%d:" % seed + picture).digest() for picture in pictures]
+    prefix = b"vilu.side:%d:" % seed
+    hashes = [hashlib.sha256(prefix + picture).digest() for picture in pictures]
     # The first 8 bytes of a hash are the position. The lowest bit of the next byte is the side.
     positions = np.frombuffer(b"".join(digest[:8] for digest in hashes), "<u8")
     is_calibration = np.array([digest[8] & 1 for digest in hashes], dtype=np.bool_)
@@ -485,8 +491,9 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     columns, rows = csv_rows(path, separator)
     path_column = next((name for name in PATH_COLUMNS if name in columns), None)
     if path_column is None or "label" not in columns:
+        other_names = ", ".join(PATH_COLUMNS[1:])
         raise DataError(
-            f"{path} must have the columns path (or {', '.join(PATH_COLUMNS[1:])}) and label. It "
+            f"{path} must have the columns path (or {other_names}) and label. It "
             f"has {', '.join(columns) or 'none'}."
         )
     # In vilu's tables " a.jpg" and "a.jpg" are two photos, so names are not stripped.
@@ -564,9 +571,10 @@ class PhotoNames:
             return None
         matches = self.photos_of_name[file_name]
         if len(matches) > 1:
+            first_paths = ", ".join(matches[:PATHS_SHOWN])
             raise UsageError(
-                f"{name!r} is the name of {plural(len(matches), 'photo')}: "
-                f"{', '.join(matches[:PATHS_SHOWN])}. Give their paths."
+                f"{name!r} is the name of {plural(len(matches), 'photo')}: {first_paths}. Give "
+                "their paths."
             )
         return matches[0]
 
@@ -576,7 +584,7 @@ class PhotoNames:
         Tables write some backslashes in file names as escapes (``portable_name``). So the name may
         be the text for one photo in a table, and also the real file name of a second photo.
         """
-        literal = portable_name(name)
+        literal = portable_name(name)  # table text for the photo with the real file name ``name``
         if literal != name and {name, literal} <= self.paths:
             warn_once(
                 f"{source}: {name!r} is taken for the photo with this text in decisions.csv. The "

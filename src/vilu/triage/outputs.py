@@ -159,9 +159,11 @@ def triage_photos(
     given_files = []
     for file, (file_labels, streams) in files.items():
         given_files.append(_given_file(file, file_labels, streams, photo_folder, earlier))
-    read_answers: dict[str, str] = {}
+    checked_answers: dict[str, str] = {}
     if not overwrite:
-        read_answers = _require_no_lost_answers(output, given_files, former_classes, earlier.labels)
+        checked_answers = _require_no_lost_answers(
+            output, given_files, former_classes, safe_answers=earlier.labels
+        )
     with locked(make_folder(output), activity="sorting into", holder_kind="triage"):
         # ``run_triage`` reads the state again. Another run may have changed the state while this
         # run waited for the lock.
@@ -176,7 +178,7 @@ def triage_photos(
         write_decisions(output, result.outcomes, answers)
         answer_of_path = {answer.key: answer for answer in answers}
         # Somebody may have filled in the table while this run was embedding photos.
-        _require_no_lost_answers(output, given_files, former_classes, read_answers)
+        _require_no_lost_answers(output, given_files, former_classes, checked_answers)
         write_next(
             output / NEXT_LABELS_CSV,
             result.entries_to_label,
@@ -244,11 +246,11 @@ def check_settings(settings: TriageSettings) -> None:
 
 @dataclass(frozen=True)
 class EarlierPaths:
-    """Paths of earlier runs that no photo has now, for photos that were renamed since.
+    """Former paths of photos that were renamed since. No photo has such a path now.
 
     Attributes:
-        requests: Paths of open requests for known pictures.
-        labels: Maps other paths to the labels that the book has for these pictures.
+        requests: Former paths of photos with an open request, if the picture is known.
+        labels: Maps each former path to the label that the book has for the picture of the photo.
     """
 
     requests: Collection[str] = ()
@@ -256,16 +258,17 @@ class EarlierPaths:
 
 
 def _earlier_paths(output: Path, photo_folder: PhotoFolder) -> EarlierPaths:
-    """Read the earlier paths from a triage's book and from the stores of the embedded photos."""
+    """Read the former paths from a triage's book and from the stores of the embedded photos."""
     present_paths = set(photo_folder.paths)
     book = LabelBook.load(output / BOOK_FILE)
-    requests = {entry.path for entry in book.waiting_entries() if entry.picture} - present_paths
+    requested_paths = {entry.path for entry in book.waiting_entries() if entry.picture}
+    requests = requested_paths - present_paths
     label_of_picture = {entry.picture: entry.label for entry in book if entry.picture}
     labels = {}
     for path, picture in PhotoStores(output / EMBEDDINGS_FOLDER).seen_pictures():
         label = label_of_picture.get(picture.hex())
         if label is not None and path not in present_paths:
-            labels[path] = label  # a later picture at this path replaces an earlier one
+            labels[path] = label  # if several pictures had this path, the last picture counts
     return EarlierPaths(requests, labels)
 
 
@@ -276,18 +279,19 @@ def _given_file(
     photo_folder: PhotoFolder,
     earlier: EarlierPaths,
 ) -> GivenFile:
-    """Match the labels in a file with photos. Labels of known pictures are matched later.
+    """Match the labels in a file with photos by name. Labels of known pictures are matched later.
 
     Args:
         file: The file.
         labels: Maps the photo names in the file to labels.
         streams: Maps the photo names in the file to streams.
         photo_folder: The photos.
-        earlier: Earlier paths. Labels that the book has for them already are left out.
+        earlier: Former paths. A label in the file is left out if ``earlier.labels`` has it already.
     """
     labelled_pictures = _labelled_pictures(file, labels, photo_folder)
-    paths_in_book = {entry.path for entry in labelled_pictures}
-    names = [name for name in labels if name not in paths_in_book]
+    matched_by_picture = {entry.path for entry in labelled_pictures}
+    names = [name for name in labels if name not in matched_by_picture]
+    # These labels answer open requests. The run finds the renamed photos by their pictures.
     answers = {name: labels[name] for name in names if name in earlier.requests}
     new_names = [name for name in names if earlier.labels.get(name) != labels[name]]
     labels_by_name = {name: labels[name] for name in new_names if name not in answers}
@@ -303,12 +307,13 @@ def _given_file(
 def _labelled_pictures(
     file: Path, labels: Mapping[str, str], photo_folder: PhotoFolder
 ) -> list[Entry]:
-    """Return a book's entries with a label that are to be matched by picture.
+    """Return the entries in a book that are to be matched by picture, not by path.
 
-    These are the entries with a known picture, and the entries without one whose path is not in the
-    folder. [] for other label files, and for books of version 0.1.0.
+    An entry is matched by picture if its picture is known, or if no photo in the folder has its
+    path. The list is empty if the file is no book, and for books of version 0.1.0.
 
-    ``labels`` are the labels in the file that may be used, as class names.
+    ``labels`` are the labels in the file that may be used, as class names. Entries without such a
+    label are left out.
     """
     if file.suffix.lower() != ".parquet":
         return []
@@ -327,18 +332,19 @@ def _require_no_lost_answers(
     output: Path,
     given_files: Sequence[GivenFile],
     former_classes: Collection[str],
-    read_answers: Mapping[str, str],
+    safe_answers: Mapping[str, str],
 ) -> dict[str, str]:
     """Raise UsageError if answers in ``next_labels.csv`` would be lost.
 
-    The run replaces this file. An answer would be lost if it is neither in the book nor in the
-    label files of this run.
+    The run replaces this file. An answer would be lost if its photo has no label in the book and
+    none in the label files of this run.
 
     Args:
         output: The triage folder.
         given_files: The label files of this run.
         former_classes: Names of the triage's former classes.
-        read_answers: Answers that this run may replace, by photo. An earlier check has passed them.
+        safe_answers: Maps photo paths to answers that are safe for another reason: the book has
+            them for the renamed photo, or an earlier check has passed them.
 
     Returns:
         The answers in ``next_labels.csv``, by photo.
@@ -352,7 +358,7 @@ def _require_no_lost_answers(
     answers, _ = read_labels(table)
     lost_paths = []
     for path, answer in answers.items():
-        if path not in known_paths and read_answers.get(path) != answer:
+        if path not in known_paths and safe_answers.get(path) != answer:
             lost_paths.append(path)
     if lost_paths:
         first_path = min(lost_paths)
@@ -366,7 +372,7 @@ def _require_no_lost_answers(
 
 
 def _remedy_for_answers(table: Path, label: str, former_classes: Collection[str]) -> str:
-    """Say how a run reads an answer in ``next_labels.csv``, such as ``label``."""
+    """Say what to do so that a run reads the answers in ``next_labels.csv``, such as ``label``."""
     if meant_name(label, former_classes) is None:
         return f"Give them: --labels {table}."
     # Such answers are left out of given files, too (``without_former_labels``).
@@ -388,11 +394,13 @@ def summary_of(
     ``verdict`` and ``sidecars`` are the texts in the summary's fields with these names.
     """
     counts = count_answers(answers)
-    new_photos = f" ({result.n_new:,} of them new)" if result.n_new else ""
+    photos = plural(counts["photos"], "photo")
+    if result.n_new:
+        photos += f" ({result.n_new:,} of them new)"
     return TriageSummary(
         verdict=verdict,
         answer=str(result.answer),
-        counts=f"{plural(counts['photos'], 'photo')}{new_photos}: {counts_in_words(counts)}",
+        counts=f"{photos}: {counts_in_words(counts)}",
         guarantee=guarantee_in_words(result, settings),
         forecast=str(result.forecast),
         likely=likely_in_words(result.likely_right, counts),
@@ -470,7 +478,8 @@ class ThresholdRow:
         n_accepted: How many accepted photos have a counted label.
         n_wrong: How many accepted photos with a counted label have a wrong answer.
         risk_bound: Upper bound on the error rate from the labels, if only this threshold is tested.
-            None if the labels show no bound, or if photos up to this threshold are not drawn.
+            None if the labels show no bound, if some photos up to this threshold are never drawn,
+            or if the guarantee is about a closed set of photos.
         expected_risk: Mean failure probability of the accepted photos without a label.
         is_certified: Whether the guarantee in force covers this threshold.
     """
@@ -519,6 +528,7 @@ def _rows_of_test(
     outcomes = progress.counted_outcomes
     n_wrong, n_accepted = tests.count_wrong_and_accepted(outcomes.uncertainty, outcomes.failure)
     evidence = log_evidence(n_wrong, n_accepted, tests.max_risk)
+    needed_evidence = -math.log(tests.delta)  # log(1 / delta)
     # These bounds are not valid for a closed set, with labels drawn without replacement.
     has_bounds = isinstance(tests, ThresholdTests)
     rows = []
@@ -526,10 +536,11 @@ def _rows_of_test(
         threshold = float(tests.grid[index])
         # The guarantee is about all photos up to the threshold in force. The photos up to a lower
         # threshold may have a higher error rate, so a lower threshold needs separate evidence.
-        has_evidence = has_bounds and bool(evidence[index] >= -math.log(tests.delta))
-        is_within = threshold_in_force is not None and threshold <= threshold_in_force
+        has_evidence = has_bounds and bool(evidence[index] >= needed_evidence)
+        is_in_force = threshold_in_force is not None and threshold <= threshold_in_force
         risk_bound = None
-        # No photo beyond the limit is drawn. So beyond the limit, the labels are no random sample.
+        # No photo above the uncertainty limit is drawn. So for a threshold above this limit, the
+        # labels are no random sample.
         if has_bounds and index <= tests.last_tested_index:
             risk_bound = lowest_shown_bound(
                 int(n_wrong[index]), int(n_accepted[index]), tests.delta
@@ -541,7 +552,7 @@ def _rows_of_test(
             n_wrong=int(n_wrong[index]),
             risk_bound=risk_bound,
             expected_risk=_mean_up_to(uncertainty, threshold),
-            is_certified=is_within and (has_evidence or threshold == threshold_in_force),
+            is_certified=is_in_force and (has_evidence or threshold == threshold_in_force),
         )
         rows.append(row)
     return rows
@@ -594,14 +605,14 @@ def lowest_shown_bound(n_wrong: int, n_accepted: int, delta: float) -> float | N
         return float(log_evidence(n_wrong, n_accepted, bound))
 
     # The evidence rises with the bound, so bisection finds the lowest bound with enough evidence.
-    needed_evidence = -math.log(delta)
+    needed_evidence = -math.log(delta)  # log(1 / delta)
     index = bisect_left(TRIED_BOUNDS, needed_evidence, key=evidence_against_more_than)
     return TRIED_BOUNDS[index] if index < len(TRIED_BOUNDS) else None
 
 
 def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
     """Make the table rows for the tested predictor."""
-    uncertainty = _unlabelled_scores(result)
+    uncertainty = _finite_unlabelled_scores(result)
     threshold_in_force = None
     # The rule belongs to the present predictor. A candidate has no rule yet.
     if result.rule is not None and not result.has_candidate:
@@ -609,7 +620,7 @@ def _tested_threshold_rows(result: TriageResult) -> list[ThresholdRow]:
     return threshold_rows(uncertainty, result.progress, threshold_in_force)
 
 
-def _unlabelled_scores(result: TriageResult) -> Floats:
+def _finite_unlabelled_scores(result: TriageResult) -> Floats:
     """Return the tested predictor's scores (M,) for photos without a label."""
     scores = unlabelled_scores(result.photos, result.tested_outcomes, result.book.labels)
     return scores[np.isfinite(scores)]
@@ -745,7 +756,7 @@ def why_nothing_is_asked(result: TriageResult, settings: TriageSettings) -> str:
 
 
 def _larger_risk(forecast: Forecast) -> str:
-    """Return the option for a larger risk, with the least risk that could be shown if known."""
+    """Return the option for a larger risk, with a number if a risk is known that can be shown."""
     if forecast.least_risk is not None and forecast.least_risk > forecast.max_risk:
         return f"--max-risk {forecast.least_risk}"
     return "a larger --max-risk"
@@ -754,8 +765,8 @@ def _larger_risk(forecast: Forecast) -> str:
 def scenes_in_words(result: TriageResult) -> str:
     """Write a text on the guarantee for new scenes, to append to the text on the guarantee.
 
-    For this text, the test is repeated with only the first photo in every scene. The text is "" if
-    nothing is guaranteed, or if few labelled photos are near copies.
+    The test is repeated with only the first photo in every scene (near copies are a scene). The
+    text is "" if nothing is guaranteed, or if few labelled photos are near copies.
     """
     progress = result.progress
     is_first = result.is_first_of_scene
@@ -770,7 +781,7 @@ def scenes_in_words(result: TriageResult) -> str:
     what_is_guaranteed = "nothing is guaranteed"
     if certified_index is not None:
         threshold = float(progress.tests.grid[certified_index])
-        scores = _unlabelled_scores(result)
+        scores = _finite_unlabelled_scores(result)
         share = float((scores <= threshold).mean())
         accepts_as_many = threshold >= (result.rule.threshold or 0.0)
         what_is_guaranteed = f"{share:.0%} of the photos without a label are guaranteed"

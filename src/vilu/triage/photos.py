@@ -298,9 +298,9 @@ class PhotoStores:
             self._photo_list_file(number).unlink()
 
     def seen_pictures(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the path and the picture digest of every row in every complete store, oldest first.
+        """Yield the path and the picture digest of every row in all complete stores.
 
-        A path of an earlier run is included, even if no photo has this path now.
+        The oldest store comes first. Paths that no photo has any more are included.
         """
         for number in self.store_numbers():
             if self.is_complete(number):

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def cross_fitted_posterior(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
-    """Compute the posterior (M, K) for ``rows`` (M,), by predictors not fitted on these rows.
+    """Compute the posterior (M, K) for ``rows`` (M,) and K classes by cross-fitting.
 
     A row's predictor was not fitted on the row, and not on near copies of the row.
     """
@@ -46,7 +46,7 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
     """Return each row's fold (M,). Near copies share a fold, because a copy reveals the label."""
     # ``first_copy`` is equal for near copies of one picture, and differs between pictures.
     first_copy = near_copy_groups(source, rows)
-    _, picture = np.unique(first_copy, return_inverse=True)
+    _, picture = np.unique(first_copy, return_inverse=True)  # every row's picture, from 0
     n_pictures = int(picture.max()) + 1
     if n_pictures < 2:
         raise DataError(
@@ -60,7 +60,8 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
             len(rows),
             n_pictures,
         )
-    fold_of_picture = np.random.default_rng(seed).permutation(np.arange(n_pictures) % FOLDS)
+    folds_in_turn = np.arange(n_pictures) % FOLDS  # 0, 1, 2, 3, 4, 0, 1, ...: folds of equal size
+    fold_of_picture = np.random.default_rng(seed).permutation(folds_in_turn)
     return fold_of_picture[picture]
 
 

@@ -29,7 +29,7 @@ from vilu.triage.state import (
 )
 
 DEFAULT_STREAM: Final = "fit"
-"""Stream for a photo without a request. The label counts for no guarantee."""
+"""Stream for a photo whose label nobody asked for. Its label counts for no guarantee."""
 
 DECISION_COLUMNS: Final = ("path", "decision", "answer", "failure_probability", "runner_up")
 """Columns that ``decisions.csv`` must have."""
@@ -53,7 +53,7 @@ class ReviewTask:
         path: The photo's path, as tables write it.
         answer: The model's answer, as tables write it, or None without an answer.
         failure_probability: Probability that the answer is wrong, or None if not known.
-        quantile: Share of photos that are no more doubtful than this photo, or None if not known.
+        quantile: Share of photos that are at most as doubtful as this photo. None if not known.
         runner_up: The second most likely answer, or None if not known.
         zero_shot: The zero-shot answer, or None if equal to ``answer``.
         stream: Why the label was asked for. If nobody asked for the label, the stream is "fit"
@@ -93,7 +93,7 @@ class Review:
         photos: The photo folder. The task paths are relative to this folder. None if the folder is
             not known.
         model: Name of the model or method that gave the answers.
-        answer: The answers' kind.
+        answer: Kind of the answers, for example "zero_shot".
         follow_links: Whether links in the photo folder may lead anywhere.
         moved_photos: Maps the path of each photo moved by ``vilu triage --move`` to the present
             location.
@@ -117,8 +117,8 @@ class Review:
 def open_review(source: Path, selection: PhotoSelection = "asked", n: int | None = None) -> Review:
     """Open the photos of a triage, or the rows in a score file, for people to look at.
 
-    Photos with an open request come first, in request order. Then come all photos without an
-    open request, the most doubtful photo first. Score rows are ordered by falling uncertainty.
+    Photos with an open request come first, in request order. Then come the other selected photos,
+    the most doubtful photo first. Score rows are ordered by falling uncertainty.
 
     Args:
         source: A triage folder, or a score file.
@@ -193,7 +193,7 @@ def _calibration_side(folder: Path, state: TriageState) -> set[str]:
     stores = PhotoStores(folder / EMBEDDINGS_FOLDER)
     # If an older store contains the same photo, the newer store replaces it.
     picture_of_path = dict(stores.seen_pictures())
-    seed = int(str(state.settings.get("seed", 0)))
+    seed = int(str(state.settings.get("seed", 0)))  # the type of a setting's value is object
     is_calibration, _ = sides_and_positions(picture_of_path.values(), seed)
     paths_and_sides = zip(picture_of_path, is_calibration.tolist(), strict=True)
     return {path for path, is_on_side in paths_and_sides if is_on_side}
@@ -291,7 +291,7 @@ def _review_of_scores(path: Path, selection: PhotoSelection) -> Review:
             f"{path} does not name its images and classes. Give scores that `vilu score` wrote."
         )
     names = [portable_name(str(name)) for name in outcomes.class_names]
-    # People have to look at rows without a score, so these rows come first.
+    # People have to look at the rows without a score. So these rows count as most doubtful.
     doubt = np.where(np.isnan(outcomes.uncertainty), np.inf, outcomes.uncertainty)
     tasks = []
     for row in np.argsort(-doubt, kind="stable").tolist():

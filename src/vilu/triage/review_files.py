@@ -32,7 +32,7 @@ from vilu.triage.review import DEFAULT_STREAM, Review, ReviewTask
 from vilu.triage.state import STATE_FILE
 
 CHOICE: Final = "label"
-"""Name of the control in Label Studio to choose a label."""
+"""Name of the Label Studio control with which people choose a label."""
 
 IMAGE: Final = "image"
 """Name of the image in a task and in Label Studio's labelling configuration."""
@@ -47,7 +47,7 @@ FIFTYONE_VERSION: Final = "1.9.0"
 """FiftyOne version that the file format belongs to. Newer versions convert older files."""
 
 MAX_EXPORT_BYTES: Final = 256 * 2**20
-"""Maximum size of a file with finished tasks, in bytes."""
+"""Maximum size of a file with finished tasks, in bytes (256 MiB)."""
 
 Tool = Literal["label-studio", "fiftyone", "csv"]
 """Names of the labelling tools."""
@@ -94,7 +94,7 @@ def _write_label_studio(review: Review, output: Path, prefix: str) -> list[Path]
 def _relative_address(task: ReviewTask, review: Review) -> str:
     """Return the address of a photo's file, relative to the photo folder's address.
 
-    The address of a moved photo may begin with "..". Browsers resolve that in a path, but not in a
+    The address of a moved photo may begin with "..". Browsers resolve ".." in a path, but not in a
     query such as "?d=photos/".
     """
     path = original_path(task.path)
@@ -247,8 +247,8 @@ def _fiftyone_sample(task: ReviewTask, file_path: str) -> dict[str, Any]:
 
 
 def _random_number(object_id: str) -> float:
-    """Make a number in [0, 1) from the first 32 bits. FiftyOne draws random samples by it."""
-    return int(object_id[:8], 16) / 2**32
+    """Make a number in [0, 1) for FiftyOne's random samples, from the identifier's first digits."""
+    return int(object_id[:8], 16) / 2**32  # 8 hexadecimal digits are 32 bits
 
 
 def _text_of_path(portable: str) -> str:
@@ -330,8 +330,10 @@ def _path_of_task(task: Mapping[str, Any], source: Path) -> str:
     """Return the photo path in a task, or else the path in the image address."""
     # An export as JSON-MIN has no "data". There the data fields are fields of the task.
     data = task.get("data", task)
-    path = data.get("path") if isinstance(data, dict) else None
-    if path is None and isinstance(data, dict) and isinstance(data.get(IMAGE), str):
+    if not isinstance(data, dict):
+        data = {}
+    path = data.get("path")
+    if path is None and isinstance(data.get(IMAGE), str):
         # The path is everything after "?d=", or the whole address without "?d=".
         _, _, quoted_path = data[IMAGE].rpartition("?d=")
         image_path = unquote(quoted_path, errors="surrogateescape")

@@ -85,7 +85,7 @@ CALIBRATION_INTERVAL: Final = 3
 """With a guarantee and no candidate, every third photo to label is on the calibration side."""
 
 CANDIDATE_COVERAGE_FACTOR: Final = 1.25
-"""A candidate's limit includes at least this many times the photos accepted now."""
+"""At least this many times the photos accepted now are up to a candidate's uncertainty limit."""
 
 logger = logging.getLogger(__name__)
 
@@ -208,12 +208,12 @@ def run_triage(
     n_new = stores.embed_new_photos(photo_folder, settings.embedding)
     photos = stores.open_photos(photo_folder.listed_photos)
     _require_photos(photos, settings.photos)
-    labels, streams = _given_labels(given_files, photos, settings.photos)
+    labels, given_streams = _given_labels(given_files, photos, settings.photos)
     has_drawn = _has_drawn(root, state)
     split_class = SPLIT_CLASSES[settings.about]
-    streams_here = split_class.streams_of_unasked_labels(labels, streams, has_drawn=has_drawn)
+    streams = split_class.streams_of_unasked_labels(labels, given_streams, has_drawn=has_drawn)
     _answer_requests(root, given_files)
-    book = note_labels(root, photos, photo_folder.paths, labels, streams_here)
+    book = note_labels(root, photos, photo_folder.paths, labels, streams)
     _, result = advance(root, settings, state, photos, book)
     return dataclasses.replace(result, n_new=n_new)
 
@@ -253,7 +253,7 @@ def _given_labels(
 def _give_label(
     path: str, label: str, stream: str | None, labels: dict[str, str], streams: dict[str, str]
 ) -> None:
-    """Set a photo's label and stream. Without a stream, that of an earlier file is removed."""
+    """Set a photo's label and stream. The stream of an earlier file is removed in any case."""
     labels[path] = label
     streams.pop(path, None)
     if stream is not None:
@@ -261,9 +261,9 @@ def _give_label(
 
 
 def _answer_requests(root: Path, given_files: Sequence[GivenFile]) -> None:
-    """Save the answers to requests whose photos have other paths now.
+    """Save the answers to open requests for renamed photos, at the former paths.
 
-    The labels go with the pictures afterwards.
+    Later, ``_follow_pictures`` moves these labels to the present paths.
     """
     answers: dict[str, str] = {}
     for file in given_files:
@@ -430,21 +430,24 @@ def _withdraw_outdated_guarantee(run: TriageRun) -> None:
     changed_keys = set()
     for index, key in enumerate(rows.ids):
         label = (int(rows.target[index]), bool(rows.outside[index]))
-        if present_labels.get(int(rows.picture[index]), label) != label:
+        picture = int(rows.picture[index])
+        if picture in present_labels and present_labels[picture] != label:
             changed_keys.add(key)
     remove_outdated_calibration(run.present_folder, changed_keys)
 
 
 def _labels_of_pictures(run: TriageRun) -> dict[int, tuple[int, bool]]:
-    """Map the pictures with an answer to the labels that count: the class, and "of no class".
+    """Map every labelled or skipped picture to the label that counts: (class, is outside).
 
-    The class is -1 for a picture of no class, and for a skipped picture.
+    The class is -1 for a picture of no class, and for a skipped picture. Only the picture of no
+    class is outside.
     """
     answered_rows = np.flatnonzero(run.split.is_usable & run.split.is_answered)
     pictures = run.photos.picture_identities(answered_rows).tolist()
     targets = run.photos.target[answered_rows].tolist()
     are_outside = run.photos.outside[answered_rows].tolist()
-    return dict(zip(pictures, zip(targets, are_outside, strict=True), strict=True))
+    labels = zip(targets, are_outside, strict=True)
+    return dict(zip(pictures, labels, strict=True))
 
 
 def bind_to_pictures(state: TriageState, pictures: str | None, *, has_drawn: bool) -> TriageState:
@@ -473,14 +476,16 @@ def progress_to_show(
 ) -> GuaranteeProgress | None:
     """Return the progress behind the rule in force, or ``progress`` if it certifies as much.
 
-    New photos, or a higher limit, add photos without a label. Labels after the first of these, in
-    the random order, stop counting. The rule in force stays certified. If a picture behind the rule
-    is missing, ``progress`` is returned.
+    New photos, or a higher limit, add photos without a label. In the random order, all labels after
+    the first such photo no longer count in ``progress``. But the rule in force stays certified. If
+    a picture behind the rule is missing, ``progress`` is returned.
     """
     calibration = Calibration.find(run.present_folder)
     rule = rule_in_force(run.present_folder)
-    if progress is None or state.candidate is not None or calibration is None or rule is None:
-        return progress
+    if progress is None or state.candidate is not None:
+        return progress  # there is no test, or the candidate is tested
+    if calibration is None or rule is None:
+        return progress  # no rule is in force
     if calibration.draws is None or progress.threshold >= (rule.threshold or 0.0):
         return progress
     if calibration.rows.picture is None:
@@ -569,7 +574,7 @@ def likely_right_by_drawn_labels(
 def _drawn_rows(
     run: TriageRun, trial: Trial, predictor: FailurePredictor, uncertainty: Floats
 ) -> Ints:
-    """Return the calibration rows (M,) with a drawn label, up to the limit or the rule's threshold.
+    """Return the calibration rows (M,) that count, up to the limit or the rule's threshold.
 
     ``uncertainty`` (N,) are the predictor's uncertainties for all photos.
     """
@@ -578,8 +583,8 @@ def _drawn_rows(
     rule = rule_in_force(run.present_folder)
     if rule is None or rule.threshold is None:
         return rows
-    # After the limit was raised, photos without a label lie below it. Only the labels before the
-    # first of them, in the random order, count up to the new limit. So the labels up to the rule's
+    # If the limit was raised, some photos below it have no label. In the random order, only the
+    # labels before the first such photo count up to the new limit. So the labels up to the rule's
     # threshold are added.
     rows_of_rule = split.counted_rows(uncertainty, rule.threshold)
     return np.union1d(rows, rows_of_rule)
@@ -617,8 +622,8 @@ def forecast_of(run: TriageRun, state: TriageState, tested_outcomes: Outcomes) -
 def test_before_a_fit(run: TriageRun, state: TriageState) -> TriageState:
     """Test the last run's tested predictor once more before a new predictor replaces it.
 
-    Draw labels and labels to fit on may come in the same run. The draw labels were requested for
-    the tested predictor. This test uses them before the predictor is replaced.
+    Labels of drawn photos and labels to fit on may come in the same run. The labels of drawn photos
+    were requested for the tested predictor. This test uses them before the predictor is replaced.
     """
     predictor_stays = fit_case_of(run, state).keeps_predictor
     tested_folder = run.tested_folder(state)
@@ -673,17 +678,17 @@ def choose_predictor(run: TriageRun, state: TriageState) -> tuple[TriageState, F
     method = choose_method(run.photos, fit_rows)
     predictor = fit_predictor(method, run.photos, fit_rows, run.settings.seed)
     labelled_photos = run.photos.take(fit_rows)
-    answer = answer_to_judge(run.settings.answer, predictor, labelled_photos, run.settings.max_risk)
-    predictor = predictor.judging(answer.answer)
+    choice = answer_to_judge(run.settings.answer, predictor, labelled_photos, run.settings.max_risk)
+    predictor = predictor.judging(choice.answer)
     uncertainty = run.score(predictor).uncertainty
     likely_right = estimate_likely_right(predictor, uncertainty, run.settings.max_risk)
     if case is FitCase.NO_GUARANTEE:
         state = _save_as_present(
-            run, state, predictor, trial=None, answer=answer, likely_right=likely_right
+            run, state, predictor, trial=None, answer=choice, likely_right=likely_right
         )
         state = run.write(state)
         return state, predictor
-    return _begin_trial(run, state, predictor, answer, likely_right, uncertainty)
+    return _begin_trial(run, state, predictor, choice, likely_right, uncertainty)
 
 
 def fit_case_of(run: TriageRun, state: TriageState) -> FitCase:
@@ -769,7 +774,7 @@ def plan_trial(
         run: The run.
         state: The state before the trial.
         scores: (N,) the predictor's uncertainties for all photos.
-        least_share: The limit includes at least this share of calibration photos.
+        least_share: At least this share of the calibration photos is up to the limit.
     """
     settings = run.settings
     usable_calibration_mask = run.split.usable_calibration_mask
@@ -1018,7 +1023,7 @@ def _paths_of(run: TriageRun, rows: Ints) -> list[str]:
 
 
 def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str]) -> None:
-    """Withdraw requests for earlier predictors, for missing photos, and for labelled pictures.
+    """Withdraw requests for earlier predictors, for unusable photos, and for labelled pictures.
 
     Label requests for ``missing_paths`` always stay. If ``missing_paths`` is not empty and
     nothing is guaranteed, all requests outside ``missing_paths`` are withdrawn.
@@ -1026,9 +1031,9 @@ def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str
     Args:
         run: The run.
         fingerprint: The tested predictor's fingerprint.
-        missing_paths: Paths of the photos with a missing label in the draw.
+        missing_paths: Paths of the drawn photos whose label is still missing.
     """
-    only_missing = bool(missing_paths) and rule_in_force(run.present_folder) is None
+    only_missing_stay = bool(missing_paths) and rule_in_force(run.present_folder) is None
     usable_rows = np.flatnonzero(run.split.is_usable)
     usable_paths = set(_paths_of(run, usable_rows))
 
@@ -1037,7 +1042,7 @@ def _withdraw_requests(run: TriageRun, fingerprint: str, missing_paths: list[str
             return False
         if entry.path not in usable_paths:
             return True
-        return only_missing or entry.predictor != fingerprint
+        return only_missing_stay or entry.predictor != fingerprint
 
     run.book.withdraw_requests(is_withdrawn)
 
@@ -1062,8 +1067,7 @@ def n_to_draw(
         n: How many labels to ask for.
         is_guaranteed: Whether a guarantee is in force.
         is_ready_to_draw: Whether the run asks for calibration labels (``is_ready_to_draw``).
-        can_be_certified: Whether a certain number of further calibration labels would certify a
-            threshold.
+        can_be_certified: Whether enough further calibration labels would certify a threshold.
     """
     if state.candidate is not None:
         return n if can_be_certified else 0

@@ -254,7 +254,8 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
         """Report an error, except when the browser has closed the connection."""
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+        _, error, _ = sys.exc_info()
+        if not isinstance(error, ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
@@ -331,8 +332,10 @@ class PageHandler(BaseHTTPRequestHandler):
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:
             self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
             return False
-        # A page on another port of this machine counts as another site, too.
-        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+        # A page on another port of this machine counts as another site, too. Requests by this page
+        # may come without the header.
+        own_origin = f"http://{host}"
+        if self.headers.get("Origin", own_origin) != own_origin:
             self._refuse(HTTPStatus.FORBIDDEN, "a page of another site may not use this page")
             return False
         if not hmac.compare_digest(key.encode(), self.token.encode()):
@@ -375,6 +378,7 @@ class PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        # The body of the request may be unread, so no further request can come here.
         self.close_connection = True
         content = json.dumps({"status": int(status), "detail": detail}).encode()
         self._send(status, content, "application/problem+json")

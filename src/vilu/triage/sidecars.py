@@ -17,7 +17,7 @@ SIDECAR_SUFFIX: Final = ".xmp"
 """End of a sidecar's name, after the photo's whole name."""
 
 MAX_SIDECAR_BYTES: Final = 2**24
-"""Maximum sidecar size in bytes. Larger sidecars are not read."""
+"""Maximum sidecar size in bytes (16 MiB). Larger sidecars are not read."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
     Raises:
         DataError: If the label cannot be written safely. The message is the reason.
     """
-    if sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file()):
+    is_no_file = sidecar.exists() and not sidecar.is_file()  # for example a folder
+    if sidecar.is_symlink() or is_no_file:
         if label is not None:
             raise DataError("it is a link or no file")
         return
@@ -84,7 +85,7 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
     elif new_content != old_content:
         with atomic_write(sidecar) as handle:
             handle.write(new_content)
-            Path(handle.name).chmod(S_IMODE(status.st_mode))
+            Path(handle.name).chmod(S_IMODE(status.st_mode))  # the permissions stay the same
 
 
 def _new_content(old_content: bytes, label: str | None) -> bytes | None:

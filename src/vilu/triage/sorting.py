@@ -1,4 +1,4 @@
-"""Lists a folder's photos, also moved photos, and sorts photos by decision."""
+"""Lists the photos in a folder, also photos moved by earlier runs, and sorts them by decision."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from vilu.triage.sidecars import SIDECAR_SUFFIX, sidecar_of
 from vilu.triage.state import MOVED_TABLE, SORTED_FOLDER, TriageSettings, moved_photos
 
 REPLACED_CHARACTERS: Final = re.compile(r"[^\w .()+-]")
-"""Characters to replace by "_" in a folder name."""
+"""Matches a character to replace by "_" in a folder name."""
 
 MAX_NAME_BYTES: Final = 255 - len(SIDECAR_SUFFIX)
 """Maximum length of a photo's file name in bytes, with room for the suffix of a sidecar."""
 
 ACCEPTED_GROUP: Final = "accepted"
-"""Folder below ``sorted`` for accepted and labelled photos. It has a folder for each class."""
+"""Folder below ``sorted`` for accepted and labelled photos. It contains a folder for each class."""
 
 HASH_DIGITS: Final = 16
-"""How many hexadecimal digits the hash in front of a name has (``hashed_name``)."""
+"""Number of hexadecimal digits in the hash at the start of a name (``hashed_name``)."""
 
 
 def list_folder(photos: Path, root: Path, *, follow_links: bool = False) -> PhotoFolder:
@@ -89,7 +89,7 @@ def sort_photos(
       between, later runs still find the photo.
     - No file is overwritten. If the new path is taken, the photo is not moved.
     - All links in ``sorted`` are removed at the beginning. No other file is removed.
-    - A photo is not moved if the photo is a link, or is reached by a link to a folder.
+    - A photo is not moved if it is a link, or if a link to a folder elsewhere leads to it.
     - A photo's XMP sidecar is moved with the photo, unless the sidecar is a link.
 
     Args:
@@ -127,8 +127,7 @@ def accepted_labels(
 ) -> dict[Path, str | None]:
     """Map the present path of every photo to the label if the label is accepted, else to None.
 
-    Photos are left out if they are reached only by links to folders, because such photos lie
-    elsewhere.
+    Photos are left out if only a link to a folder elsewhere leads to them.
     """
     sources = _present_locations(photo_folder)
     labels: dict[Path, str | None] = {}
@@ -170,7 +169,7 @@ def _new_locations(
 
 
 def group_of(answer: Answer, outside_labels: Collection[str]) -> str:
-    """Return the folder below ``sorted`` for a photo. "accepted" has a folder for each class."""
+    """Return a photo's folder below ``sorted``: "accepted", "outside" or "review"."""
     if answer.reason == OUTSIDE_REASON or answer.label in outside_labels:
         return "outside"
     if answer.decision in {ACCEPT, LABELLED} and answer.label is not None:
@@ -179,10 +178,10 @@ def group_of(answer: Answer, outside_labels: Collection[str]) -> str:
 
 
 def class_folders(class_names: Collection[str]) -> dict[str, str]:
-    """Map every class name to the name of a folder, different for every class.
+    """Map every class name to a folder name. No two classes have the same folder.
 
-    If several classes would have the same folder, each of these folders begins with a hash. A
-    folder name that is too long begins with a hash, too, and ends with the end of the class name.
+    A folder name begins with a hash if several classes would have the same folder, or if the name
+    would be too long. A name that is too long loses its start.
     """
     n_classes_with_folder = Counter(_readable_folder(name) for name in set(class_names))
     folder_of_class = {}
@@ -210,23 +209,27 @@ def flat_name(path: str) -> str:
 
 
 def hashed_name(path: str) -> str:
-    """Return a hash of a photo's path, then the flat name. A long flat name loses its start.
+    """Return a photo's flat name with a hash of the path at the start.
 
-    Without the hash, ``a/b.jpg`` and ``a__b.jpg`` would have the same name. Two long paths with the
-    same end would also have the same name.
+    A long flat name is shortened, and only its end is left. Without the hash, ``a/b.jpg`` and
+    ``a__b.jpg`` would have the same name. Two long paths with the same end would also have the same
+    name.
     """
     return _hash_and_end(path, path.replace("/", "__"))
 
 
 def _hash_and_end(hashed_text: str, name: str) -> str:
-    """Return a hash of a text, then a name. A long name loses its start."""
-    prefix = f"{bytes_hash(hashed_text.encode())[:HASH_DIGITS]}__"
+    """Return ``name`` with a hash of ``hashed_text`` before it. A long name loses its start."""
+    hash_digits = bytes_hash(hashed_text.encode())[:HASH_DIGITS]
+    prefix = f"{hash_digits}__"
     n_bytes_left = MAX_NAME_BYTES - len(prefix)
-    return prefix + name.encode()[-n_bytes_left:].decode(errors="ignore")
+    end_of_name = name.encode()[-n_bytes_left:]
+    # The cut may split a character. errors="ignore" leaves out the rest of this character.
+    return prefix + end_of_name.decode(errors="ignore")
 
 
 def _is_behind_link(photo: Path, *folders: Path) -> bool:
-    """Return whether a photo is a link, or is reached by a link out of the ``folders``."""
+    """Return whether a photo is a link, or its real folder is outside the ``folders``."""
     return photo.is_symlink() or not lies_inside(photo, *folders)
 
 
@@ -270,7 +273,7 @@ def _copy(source: str | Path, target: str | Path) -> None:
 
 
 def _write_moves(root: Path, moves: Sequence[tuple[str, Path]]) -> None:
-    """Write the table of moved photos. ``moves`` are pairs: a path, and a new location."""
+    """Write the table of moved photos. ``moves`` has pairs: a photo's path and its new location."""
     paths = []
     targets = []
     for path, target in moves:

@@ -48,10 +48,13 @@ RESULT_FILES: Final = (
 
 
 GuaranteePopulation = Literal["new", "folder"]
-"""A guarantee is about "new" photos, drawn like these photos, or about those in the "folder"."""
+"""Which photos a guarantee is about.
+
+"new": new photos that are drawn in the same way as these photos. "folder": the folder's photos.
+"""
 
 FIXED_SETTING_REASON: Final = (
-    "It decides which photos are fitted on and which a guarantee rests on, so it stays."
+    "It decides which photos are for fits and which are for a guarantee, so it stays."
 )
 """Why a setting must not change."""
 
@@ -140,8 +143,8 @@ class TriageState(Document):
             no labels.
         candidate: Test of the candidate, or None without a candidate.
         candidate_answer: The answer kind that the candidate judges, with the reason.
-        n_tested: Number of predictors so far, counted once the test had enough labels to certify
-            something. Predictors under earlier settings of the folder count, too.
+        n_tested: Number of predictors so far whose test had enough labels to certify something.
+            Predictors under earlier settings of the folder count, too.
         n_fit_of_last_candidate: How many labels the last candidate was fitted on, whether it
             was tested or not.
         has_drawn: Whether a label for a guarantee was ever asked for.
@@ -203,10 +206,11 @@ def open_state(root: Path, settings: TriageSettings, *, overwrite: bool = False)
     if (root / STATE_FILE).is_file() and not overwrite:
         state = read_document(root / STATE_FILE, TriageState)
         _require_same_split(root, state.settings, settings)
+    names_in_folder = {*RESULT_FILES, SORTED_FOLDER, MOVED_TABLE}
     claim_folder(
         root,
         "triage",
-        lambda path: path.name in {*RESULT_FILES, SORTED_FOLDER, MOVED_TABLE},
+        lambda path: path.name in names_in_folder,
         has_same_inputs=state is not None,
         overwrite=overwrite,
     )

@@ -33,7 +33,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
         files: Tables from ``vilu next``, or other label files (``labels.read_labels``).
 
     Returns:
-        The labelled store rows, and the book of these labels.
+        All rows in the store, with the labels, and the book of these labels.
 
     Raises:
         DataError: If a table names no row in the store, or a label is no class.
@@ -46,7 +46,7 @@ def label_store(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, L
         entries = read_next_table(file, photos.ids)
         if entries:
             _add_entries(book, entries)
-        else:
+        else:  # another label file, or a table that names no row
             _add_labels(book, file, photos.ids, store.path)
     # An error about a label names the first label file, or else the store.
     source = files[0] if files else store.path
@@ -64,15 +64,15 @@ def _own_labels(store: EmbeddingStore, paths: Sequence[str]) -> dict[str, str]:
         names = tuple(str(index) for index in range(store.n_candidates))
     labels = {}
     for path, target in zip(paths, store.target.tolist(), strict=True):
-        if target >= 0:
+        if target >= 0:  # a row without a class has a negative target
             labels[path] = names[target]
     return labels
 
 
 def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
-    """Map the paths in a table from ``vilu next`` to entries. {} for other label files.
+    """Map the paths in a table from ``vilu next`` to entries. Return {} for other label files.
 
-    Only rows with a path in ``keys`` are read.
+    Table rows are left out if their path is not in ``keys``.
     """
     if path.suffix.lower() != ".csv":
         return {}
@@ -86,7 +86,7 @@ def read_next_table(path: Path, keys: Collection[str]) -> dict[str, Entry]:
         key = row["path"]
         if key in known:
             stream: Stream = "calibration" if row["stream"] == "calibration" else "fit"
-            label = row["label"] or None  # None for an empty cell: the label has not come
+            label = row["label"] or None  # an empty cell means that there is no label yet
             entries[key] = Entry(key, label, stream, predictor=row["predictor"])
     return entries
 
@@ -102,7 +102,7 @@ def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Add the labels in a file to the book. The file is no table from ``vilu next``.
+    """Add the labels in a file to the book. The file must not be a table from ``vilu next``.
 
     ``paths`` are the paths of all rows, and ``root`` is the store's folder.
     """
@@ -183,8 +183,9 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
         )
     n_skipped = sum(entry.label == SKIPPED and entry.stream == "given" for entry in book)
     if n_skipped:
+        n_picked = n_skipped + len(rows)
         warn_once(
-            f"{n_skipped} of {n_skipped + len(rows)} picked rows have the label {SKIPPED} and are "
+            f"{n_skipped} of {n_picked} picked rows have the label {SKIPPED} and are "
             "left out: the guarantee is about pictures that somebody can name. With the label "
             f"{OUTSIDE_NAME} they would count as wrong answers."
         )
@@ -192,7 +193,9 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
 
 
 def all_rows_with_random_labels(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """Return all rows in a store, with labels for some rows, for statements about all rows.
+    """Return all rows in a store, with the labels from the store and from the tables.
+
+    The labels are for statements about all rows, so the labelled rows have to be a random sample.
 
     Raises:
         UsageError: If labelled rows were chosen by score, not at random.

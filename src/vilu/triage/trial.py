@@ -32,14 +32,14 @@ NAMES_SHOWN: Final = 5
 
 
 class Trial(FrozenModel):
-    """The plan for a predictor's test: the thresholds, and the limit for the counted labels.
+    """The plan for a predictor's test: the thresholds, and which labels count.
 
     Attributes:
         n_fit: How many labels the predictor was fitted on.
         grid: The thresholds, ascending.
         limit: Only labels of photos with an uncertainty up to this limit count.
-        likely: Whether a guarantee up to the limit is expected, by the predictor's probabilities.
-        share: Share of calibration photos up to the limit.
+        likely: Whether a guarantee up to the limit is expected, from the predictor's probabilities.
+        share: Share of the calibration photos with an uncertainty up to the limit.
         level: Level of the test, or 0 until the predictor has enough labels to be certified.
     """
 
@@ -70,7 +70,7 @@ class Trial(FrozenModel):
                 number, because more labels will come.
             max_risk: Largest allowed error rate.
             delta: Level for the test.
-            least_share: The limit includes at least this share of the photos.
+            least_share: At least this share of the photos has an uncertainty up to the limit.
         """
         level = level_of_limit(delta)
         # enough labels for ``N_WRONG_PLANNED_FOR`` wrong answers, and more labels than now
@@ -78,7 +78,8 @@ class Trial(FrozenModel):
             n_labels_needed(N_WRONG_PLANNED_FOR, max_risk, level),
             n_answered + n_right_labels_needed(max_risk, level),
         )
-        limit, is_expected = choose_limit(scores, min(n_planned, len(scores)), max_risk, level)
+        n_labels = min(n_planned, len(scores))  # there cannot be more labels than photos
+        limit, is_expected = choose_limit(scores, n_labels, max_risk, level)
         # the smallest limit with at least ``least_share`` of the photos
         least_limit = float(np.quantile(scores, least_share, method="higher"))
         if limit < least_limit:
@@ -93,6 +94,7 @@ class Trial(FrozenModel):
 
         ``scores`` (M,) are the calibration photos' uncertainties.
         """
+        # index of the last threshold up to the limit
         index_of_limit = int(np.searchsorted(self.grid, self.limit, side="right")) - 1
         last_index = len(self.grid) - 1
         limit = self.grid[min(index_of_limit + n_thresholds, last_index)]
@@ -116,7 +118,8 @@ def require_scores(scores: Floats, rows: Ints, names: Sequence[str]) -> None:
     rows_without_score = rows[np.isnan(scores[rows])]
     if not len(rows_without_score):
         return
-    first_names = ", ".join(repr(names[row]) for row in rows_without_score[:NAMES_SHOWN].tolist())
+    first_rows = rows_without_score[:NAMES_SHOWN].tolist()
+    first_names = ", ".join(repr(names[row]) for row in first_rows)
     raise DataError(
         f"the predictor has no score (NaN) for {plural(len(rows_without_score), 'photo')} of "
         f"{len(rows):,} that labels could be drawn from: {first_names}. Leave them out, or fit "

@@ -75,17 +75,17 @@ class LabelledAnswers:
         return int(self.has_every_answer.sum()) + self.n_cross_fitted
 
     def n_with_answer(self, kind: AnswerKind) -> int:
-        """Count the photos with an answer of an answer kind."""
+        """Count the photos with an answer of this kind."""
         return int((self.answers[kind] != UNKNOWN).sum())
 
     def share_right(self, kind: AnswerKind) -> float:
-        """Compute the share of right answers among the judged answers, for an answer kind."""
+        """Compute the share of right answers among the judged answers of this kind."""
         is_right = (self.answers[kind] == self.label) & self.has_every_answer
         n_right_cross_fitted = self.n_cross_fitted - self.cross_fitted_wrong.get(kind, 0)
         return (int(is_right.sum()) + n_right_cross_fitted) / self.n_labels_for_verdict
 
     def most_frequent_label(self) -> tuple[int, float]:
-        """Return the most frequent label and its share in all labels. -1 and 0 without labels."""
+        """Return the most frequent label and its share in all labels. Return -1, 0 if none."""
         counts = Counter(self.label.tolist())
         if not counts:
             return UNKNOWN, 0.0
@@ -186,10 +186,12 @@ def _warning_of_one_class(labelled_answers: LabelledAnswers, outcomes: Outcomes)
     ((index, n),) = Counter(answers).most_common(1)
     if n < MIN_SHARE_FOR_WARNING * len(answers):
         return ""
-    warning = f"Warning: {n / len(answers):.0%} of the answers are {_class_name(outcomes, index)!r}"
+    share_of_answers = n / len(answers)
+    class_name = _class_name(outcomes, index)
+    warning = f"Warning: {share_of_answers:.0%} of the answers are {class_name!r}"
     if len(labelled_answers.label):
-        share = float((labelled_answers.label == index).mean())
-        return f"{warning}, and {share:.0%} of the labels."
+        share_of_labels = float((labelled_answers.label == index).mean())
+        return f"{warning}, and {share_of_labels:.0%} of the labels."
     return f"{warning}. Either nearly all photos are, or classes and prompts do not fit them."
 
 
@@ -204,11 +206,11 @@ def _judgement(labelled_answers: LabelledAnswers, outcomes: Outcomes) -> list[st
         share = labelled_answers.share_right(kind)
         shares.append(f"{share:.0%} of the {ANSWER_KIND_NAMES[kind]} answers")
     class_name = _class_name(outcomes, most_frequent_label)
+    judging_labels = plural(labelled_answers.n_labels_for_verdict, "label")
+    all_labels = plural(len(labelled_answers.label), "label")
     sentences = [
-        f"{' and '.join(shares)} are right, by "
-        f"{plural(labelled_answers.n_labels_for_verdict, 'label')}. "
-        f"Always saying {class_name!r} is right in {share_of_most_frequent:.0%} of all "
-        f"{plural(len(labelled_answers.label), 'label')}."
+        f"{' and '.join(shares)} are right, by {judging_labels}. Always saying {class_name!r} is "
+        f"right in {share_of_most_frequent:.0%} of all {all_labels}."
     ]
     if labelled_answers.share_right(judged_kind) <= share_of_most_frequent:
         sentences.append("So the answers are worth no more than that one word.")

@@ -1,4 +1,4 @@
-"""Subjects in XMP: read, add and remove subjects. All other bytes stay unchanged."""
+"""Reads, adds and removes subjects (keywords) in XMP. All other bytes stay unchanged."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ SIDECAR_TEMPLATE: Final = """<?xml version="1.0" encoding="UTF-8"?>
 """XMP with one subject (XMP specification, part 1)."""
 
 # Patterns for vilu's two addition forms: a whole description, or only an item in a bag.
-# Another tool may have put white space between the tags.
-_PREFIX: Final = r"(?:[^\s<>/:]+:)?"  # the RDF prefix
+# Another tool may have put white space between the tags. Example of a description:
+#   <rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/">
+#   <dc:subject><rdf:Bag><rdf:li>sea</rdf:li></rdf:Bag></dc:subject></rdf:Description>
+_PREFIX: Final = r"(?:[^\s<>/:]+:)?"  # the RDF prefix, for example "rdf:"
 _DESCRIPTION_START: Final = (
     rf"<{_PREFIX}Description {_PREFIX}about=(?:\"[^<>\"]*\"|'[^<>']*')"
     rf" xmlns:dc=\"{re.escape(DUBLIN_CORE_NAMESPACE)}\">"
@@ -49,10 +51,10 @@ _DESCRIPTION_END: Final = rf"</{_PREFIX}Bag>\s*</dc:subject>\s*</{_PREFIX}Descri
 _ITEM: Final = rf"<{_PREFIX}li>[^<>]*</{_PREFIX}li>\s*"
 _SUBJECT: Final = rf"(?:{_DESCRIPTION_START}{_ITEM}{_DESCRIPTION_END}|{_ITEM})"
 ADDITION_PATTERN: Final = re.compile(rf"{ADDITION_BEGIN}\s*{_SUBJECT}{ADDITION_END}".encode())
-"""Matches an addition by vilu with both comments, unless another program has changed it."""
+"""Matches an addition by vilu: both comments, with the elements and any label between them."""
 
 FORBIDDEN_CHARACTER: Final = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters not allowed in XML 1.0."""
+"""Matches a character that XML 1.0 does not allow."""
 
 
 def new_xmp(subject: str) -> bytes:
@@ -128,7 +130,8 @@ class _Reader:
 
     def _is_in_bag(self) -> bool:
         """Return whether the innermost open element is a child of a subject bag."""
-        return self._open_elements[-5:-1] == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG, BAG_TAG]
+        four_around_innermost = self._open_elements[-5:-1]
+        return four_around_innermost == [ROOT_TAG, DESCRIPTION_TAG, SUBJECT_TAG, BAG_TAG]
 
     def _end_tag(self, name: str) -> None:
         position = self._parser.CurrentByteIndex
@@ -144,9 +147,10 @@ class _Reader:
 
     def _comment(self, text: str) -> None:
         position = self._parser.CurrentByteIndex
-        if f"<!--{text}-->" == ADDITION_BEGIN:
+        comment = f"<!--{text}-->"  # the parser gives the text alone
+        if comment == ADDITION_BEGIN:
             self._addition_start = position
-        if f"<!--{text}-->" == ADDITION_END and self._addition_start is not None:
+        if comment == ADDITION_END and self._addition_start is not None:
             self.xmp.addition_spans.append((self._addition_start, position + len(ADDITION_END)))
             self._addition_start = None
 
@@ -217,6 +221,7 @@ class _Addition:
 
     def insert_into(self, data: bytes, text: str) -> bytes:
         """Insert the item ``text``. Raises DataError if there is no end tag at the position."""
+        # For example "</rdf:Bag>", where the group is "rdf:".
         pattern = rf"</((?:[^\s<>/:]+:)?){self.tag_name}\s*>".encode()
         end_tag = re.compile(pattern).match(data, self.position)
         if end_tag is None:  # an element without content has a single tag
@@ -234,12 +239,12 @@ def _new_description(xmp: Xmp) -> _Addition:
 
     The new description has the same ``rdf:about`` as the first description.
     """
-    # "{" is escaped because "{p}" is replaced by the prefix.
+    # A "{p}" in the value would be replaced by the prefix (``insert_into``), so "{" is escaped.
     about = quoteattr(xmp.about or "", {"{": "&#123;"})
     opening = (
         f"<{{p}}Description {{p}}about={about} xmlns:dc={quoteattr(DUBLIN_CORE_NAMESPACE)}>"
         "<dc:subject><{p}Bag>"
     )
     closing = "</{p}Bag></dc:subject></{p}Description>"
-    (end,) = xmp.root_end_positions
+    (end,) = xmp.root_end_positions  # ``add_subject`` has checked that there is a single root
     return _Addition(end, tag_name="RDF", opening=opening, closing=closing)

@@ -24,8 +24,7 @@ from vilu.datasets.images import DECODING_ERRORS
 from vilu.datasets.layouts import FolderLayout
 from vilu.errors import DataError
 
-MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused, and CIFAR's largest has 155 MB
-
+MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused. CIFAR's largest pickle has 155 MB
 
 MAX_TUPLES: Final = 64
 """Maximum number of tuples in a pickle, not counting call arguments.
@@ -86,7 +85,7 @@ class PickledType:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment. Both do not matter for single bytes."""
+        """Ignore byte order and alignment. They do not matter for single bytes."""
 
 
 def _reconstruct(*_arguments: object) -> PickledArray:
@@ -99,7 +98,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-# The only objects that a pickle can use, by the module and the name in the pickle.
+# The only objects that a pickle can use. A key is the module and the name in the pickle.
 _ALLOWED: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -154,7 +153,7 @@ def read_pickle(file: Path) -> dict[str, object]:
 
 
 def _unpickle(file: Path) -> object:
-    """Read a pickle's content, after a check on the size, the memo and the tuples."""
+    """Read a pickle's content. First check the file size, the memo and the number of tuples."""
     if file.stat().st_size > MAX_BYTES:
         raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
     raw = file.read_bytes()
@@ -278,15 +277,16 @@ class CifarDataset:
         """Yield records for the images start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
             pixels = batch.pixels[row]
-            # the pixels identify a picture, because a PNG's bytes depend on the library
             key = batch.key(row)
             encode = partial(_as_png, pixels)
-            yield ImageRecord(key, batch.labels[row], encode, content=pixels.tobytes)
+            # the content that identifies a picture: not the PNG, whose bytes depend on the library
+            content = pixels.tobytes
+            yield ImageRecord(key, batch.labels[row], encode, content=content)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The pictures in a file."""
+    """The pictures and labels in a file."""
 
     name: str  # name of the file
     pixels: NDArray[np.uint8]  # (n, 3072), flattened from (channels, rows, columns)
@@ -332,7 +332,7 @@ def _class_names(file: Path, key: str) -> list[str]:
 
 def _as_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    channels_last = pixels.reshape(3, 32, 32).transpose(1, 2, 0)
+    channels_last = pixels.reshape(3, 32, 32).transpose(1, 2, 0)  # (rows, columns, channels)
     picture = np.ascontiguousarray(channels_last)
     image = Image.fromarray(picture)
     image.save(buffer, "PNG", compress_level=1)

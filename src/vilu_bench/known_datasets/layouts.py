@@ -91,9 +91,10 @@ class ClassFolders:
         for name in names:
             if name not in self.labels:
                 stray_folder = folder / portable_name(name)
+                first_class = next(iter(self.labels))
                 raise DataError(
                     f"{stray_folder} is no class: expected the "
-                    f"{len(self.labels)} folders {next(iter(self.labels))}, ... Move it out."
+                    f"{len(self.labels)} folders {first_class}, ... Move it out."
                 )
         return sorted(names, key=self.labels.__getitem__)
 
@@ -180,15 +181,15 @@ def half_by_hash(name: str, files: ClassImages, *, first: bool) -> ClassImages:
         key = f"{name}/{path}".encode("utf-8", "surrogateescape")
         key_hash = blake2b(key, digest_size=8)
         hashes.append(key_hash.digest())
-    order = sorted(range(len(files)), key=hashes.__getitem__)
+    indices_by_hash = sorted(range(len(files)), key=hashes.__getitem__)
     middle = len(files) // 2
-    chosen = order[:middle] if first else order[middle:]
+    chosen = indices_by_hash[:middle] if first else indices_by_hash[middle:]
     return [files[index] for index in sorted(chosen)]  # in the order of ``files`` again
 
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """Return the 1,000 classes' WordNet ids in label order, the ascending order of ids."""
+    """Return the WordNet ids of the 1,000 classes in label order. This order is ascending."""
     text = read_asset("imagenet_wnids.txt")
     return tuple(text.split())
 
@@ -238,7 +239,7 @@ class CifarReader:
         return dataset
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count each split's pictures by reading the files, whether ``deep`` is set or not."""
+        """Count each split's pictures by reading the files. ``deep`` changes nothing."""
         counts = {split: self._count(place, split) for split in self.layout.splits}
         return Survey("official split", counts)
 
@@ -266,7 +267,7 @@ class ShardReader:
     """
 
     def open(self, place: Place, request: Request) -> TarShards:
-        """Open all pairs. Later, a hash of the caption divides the pairs into folds."""
+        """Open all pairs. There are no splits: later, a caption's hash decides the pair's fold."""
         unfit_options = request.unfit_options()
         if unfit_options:
             raise UsageError(
@@ -279,7 +280,7 @@ class ShardReader:
     def survey(self, place: Place, *, deep: bool) -> Survey:
         """Count the tar files and find gaps in the file numbers.
 
-        With ``deep``, the members of the files are listed, to count pairs and find damaged files.
+        With ``deep``, also read all tar files, to count the pairs and find damaged files.
         """
         shards = find_known_shards(place.folder)
         n_pairs = None
@@ -309,11 +310,11 @@ def find_known_shards(folder: Path) -> list[Path]:
 
 
 def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
-    """Name missing shards in sequences of numbered shards, at most ``MAX_MISSING_NAMES`` shards."""
+    """Name at most ``MAX_MISSING_NAMES`` shards that are missing in the shards' numbering."""
     # maps a sequence (folder, text before the number, number of digits) to the present numbers
     numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
     for shard in shards:
-        match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
+        match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)  # such as part-00012
         if match is not None:
             prefix, digits = match.groups()
             numbers[shard.parent, prefix, len(digits)].add(int(digits))
@@ -354,6 +355,7 @@ LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
     "tars": ShardReader(),
     "cifar10": CifarReader(CIFAR10),
     "cifar100": CifarReader(CIFAR100),
+    # for these functions, the kind is the function's name
     **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
     **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
 }

@@ -54,7 +54,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class ListReader:
-    """A reader for a data set whose images the function ``read`` lists."""
+    """A reader that gets a data set's list of images from the function ``read``."""
 
     read: Callable[[Place], Listing]
 
@@ -64,7 +64,7 @@ class ListReader:
         return ListedDataset(place, listing, request)
 
     def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002
-        """Count listed files and existing files. ``deep`` matters only for archives."""
+        """Count listed files and existing files. ``deep`` changes nothing here."""
         listing = self.read(place)
         n_images = sum(place.entry.sizes.values())
         with track(f"checking {place.entry.name}", n_images, "images") as task:
@@ -79,8 +79,8 @@ class PathList:
     An iteration calls stat once per image.
     """
 
-    folder: Path
-    entries: Iterable[tuple[str, int]]
+    folder: Path  # the data set's folder
+    entries: Iterable[tuple[str, int]]  # paths below ``folder``, with labels
 
     def __iter__(self) -> Iterator[ListedImage]:
         for path, label in sorted(self.entries):
@@ -119,9 +119,9 @@ class ListedDataset(ListedFiles):
                 for split in splits
             }
         empty_splits = [split for split, count in counts.items() if count == 0]
-        # if no split is requested, all splits are taken, and an empty split is no error
-        is_request_empty = request.split is not None and len(empty_splits) > 0
-        if not self._paths or is_request_empty:
+        # without a requested split, all splits are taken, and a single empty split is no error
+        is_requested_split_empty = request.split is not None and len(empty_splits) > 0
+        if not self._paths or is_requested_split_empty:
             raise DataError(
                 f"split {empty_splits[0]!r} of {self.source} has no image. "
                 "Choose another, or mend its list."
@@ -249,7 +249,10 @@ class SplitLists:
             )
 
     def names_in_label_order(self) -> tuple[str, ...]:
-        """Return names in label order. Raise a ValueError for no name or a skipped label."""
+        """Return the names in label order.
+
+        Raise a ValueError if there is no name, or if the named labels are not 0 to K - 1.
+        """
         if not self._names:
             raise ValueError("it names no class")
         names = []
@@ -318,7 +321,7 @@ SPLIT_OF_LETTER: Final = {"t": "train", "v": "validation", "e": "test"}
 
 
 def user_listing_of(place: Place, file: str, images: str) -> Listing | None:
-    """Make the listing from the user's own ``split_zhou_*.json``, or return None without one."""
+    """Make the listing from the user's ``split_zhou_*.json``. Return None if there is none."""
     path = place.find(file)
     if path is None:
         return None
@@ -355,7 +358,7 @@ def read_split_file(file: Path) -> SplitLists:
 
 @cache
 def shipped_lists_of(dataset: str) -> SplitLists | None:
-    """Read the shipped CoOp list for our data set with this name, or return None without one.
+    """Read the shipped CoOp list for the data set with this name. Return None if there is none.
 
     ``tools/make_split_asset.py`` made the asset. Every data set has a line with the name and the
     number of classes, and then for every class:
@@ -371,8 +374,8 @@ def shipped_lists_of(dataset: str) -> SplitLists | None:
         for label in range(int(n_classes)):
             class_name = next(lines)
             letters = next(lines)
-            # There is one line per letter, and zip ends with the letters. With strict=True, zip
-            # would take one more line, to see whether the lines end, too.
+            # Take one line for every letter. The zip must end with the letters: with strict=True,
+            # it would take one more line, to see whether the lines end, too.
             images = list(zip(letters, lines, strict=False))
             if name == dataset:
                 lists.add_name(label, class_name)
@@ -419,6 +422,7 @@ def fgvc_aircraft(place: Place) -> Listing:
     lists = SplitLists.of(files, names, variants)
 
     def parse(line: str) -> tuple[str, int]:
+        # a line is an image number, a space, and the variant
         number, _, variant = line.partition(" ")
         return f"{number}.jpg", lists.label_of(variant)
 
@@ -467,7 +471,7 @@ def sun397(place: Place) -> Listing:
     lists = SplitLists.of(files, scene_names, scenes)
 
     def parse(line: str) -> tuple[str, int]:
-        class_name, _, _ = line.rpartition("/")
+        class_name, _, _ = line.rpartition("/")  # a line is the class name, "/" and a file name
         return line.removeprefix("/"), lists.label_of(class_name)
 
     entries = {file: (split, read_lines(file)) for split, file in files.items()}
@@ -477,7 +481,7 @@ def sun397(place: Place) -> Listing:
     for path in listing.classes:  # such as /a/apartment_building/outdoor
         below_letter = path.split("/")[2:]  # without the empty first part and the letter
         classes.append("/".join(below_letter))
-        words = " ".join(reversed(below_letter))
+        words = " ".join(reversed(below_letter))  # such as "outdoor apartment_building"
         names.append(clean_name(words))
     return replace(listing, classes=tuple(classes), names=tuple(names))
 

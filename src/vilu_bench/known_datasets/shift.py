@@ -26,6 +26,7 @@ REFERENCE_SIDE: Final = 32  # strengths in pixels are for a picture with this sh
 
 Rng = np.random.Generator
 DamageFunction = Callable[[Image.Image, float, Rng], Image.Image]
+"""Function from an image, a strength and a random generator to the damaged image."""
 
 
 def gaussian_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
@@ -43,8 +44,9 @@ def shot_noise(image: Image.Image, strength: float, rng: Rng) -> Image.Image:
 
 
 def blur(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Blur with a Gaussian whose radius is ``strength``, in pixels at a short side of 32."""
-    gaussian = ImageFilter.GaussianBlur(strength * min(image.size) / REFERENCE_SIDE)
+    """Blur with a Gaussian. For a picture with a short side of 32, the radius is ``strength``."""
+    radius = strength * min(image.size) / REFERENCE_SIDE
+    gaussian = ImageFilter.GaussianBlur(radius)
     return image.filter(gaussian)
 
 
@@ -68,16 +70,20 @@ def jpeg(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa:
 
 
 def pixelate(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Shrink by the factor ``strength``, averaging pixels. Restore the size by repeating pixels."""
+    """Shrink both sides to the share ``strength``, by averaging pixels.
+
+    Then restore the size by repeating pixels.
+    """
     small_size = _scaled_size(image, strength)
     small = image.resize(small_size, Image.Resampling.BOX)
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
 def low_resolution(image: Image.Image, strength: float, rng: Rng) -> Image.Image:  # noqa: ARG001
-    """Shrink by the factor ``strength``, then resize to the old size, both with bicubic filters.
+    """Shrink both sides to the share ``strength``, and then restore the size.
 
-    At severity 3 a side of 32 pixels is resized to 16 and back to 32.
+    Both steps have a bicubic filter. At severity 3 a side of 32 pixels is resized to 16 and back to
+    32.
     """
     small_size = _scaled_size(image, strength)
     small = image.resize(small_size, Image.Resampling.BICUBIC)
@@ -129,12 +135,17 @@ class ShiftedImages(ChosenImages):
 
 
 def _damaged_png(record: ImageRecord, strengths: dict[str, float]) -> bytes:
-    """Make the damaged picture as a PNG. A hash of the key seeds the damage and the noise."""
+    """Make the damaged picture as a PNG.
+
+    A hash of the key seeds the choice of the damage, and the noise. So with the same ``strengths``,
+    a picture is always damaged in the same way.
+    """
     key = record.key.encode()
     key_hash = blake2b(key, digest_size=16).digest()
     seed = int.from_bytes(key_hash, "big")
     rng = np.random.default_rng(seed)
-    kind = list(strengths)[rng.integers(len(strengths))]
+    kinds = list(strengths)
+    kind = kinds[rng.integers(len(kinds))]
     damage, _ = DAMAGE_KINDS[kind]
     image = decode_image(record.read()).image
     damaged = damage(image, strengths[kind], rng)

@@ -1,4 +1,4 @@
-"""BayesVLM: a Laplace approximation of the posterior for the VLM's last linear layers."""
+"""BayesVLM: a Laplace approximation to the weight posterior of a VLM's last linear layers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from vilu.predictors.nn.train import steps_per_epoch
 from vilu.predictors.vilu.head import Count, Positive
 from vilu.progress import track
 
-BLOCK_ROWS = 1_024  # rows are processed in blocks of this size, so that the logits fit in memory
+BLOCK_ROWS = 1_024  # number of rows processed together, so that their logits fit in memory
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute vectors a and b (M, K) for InfoNCE: both are the softmax p of the logits.
+    """Compute a and b (M, K) for InfoNCE. Both are the softmax p of the logits (M, K).
 
-    In one row of logits, the loss has the curvature diag(a) - b b^T, here diag(p) - p p^T.
+    In each row of logits, the loss has the curvature diag(a) - b b^T, here diag(p) - p p^T.
     """
     p = logits.softmax(dim=-1)
     return p, p
 
 
 def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute vectors a and b (M, K) for SigLIP's loss: a = sigma (1 - sigma) and b = 0.
+    """Compute a and b (M, K) for SigLIP: a = p (1 - p) and b = 0, with p the logits' sigmoid.
 
-    In one row of logits, the loss has the curvature diag(a) - b b^T. For SigLIP the curvature is
+    In each row of logits, the loss has the curvature diag(a) - b b^T. For SigLIP the curvature is
     diagonal, because the loss is a sum over single logits.
     """
     p = logits.sigmoid()
@@ -66,7 +66,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class CurvatureFactors:
-    """Kronecker factors for a last layer's curvature over n pairs.
+    """Two factors whose Kronecker product approximates a last layer's curvature over n pairs.
 
     The factors are sums, not yet divided by sqrt(n).
     """
@@ -89,23 +89,22 @@ def curvature_factors(
     loss: str,
     block_rows: int = BLOCK_ROWS,
 ) -> CurvatureFactors:
-    """Compute a layer's factors if each row is matched with all ``candidates`` (K, D).
+    """Compute a layer's curvature factors. The loss matches each row with all K ``candidates``.
 
-    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in
-    g for one row is
+    A row has the layer output g and the unit vector u = g / ‖g‖. The candidates (K, D) are unit
+    vectors c_j. The logits are scale * cosine + bias, and the loss gives a and b
+    (``CURVATURE_WEIGHTS``). Then a row's curvature in g is
 
         scale² J (sum_j a_j c_j c_j^T - m m^T) J,  J = (I - u u^T) / ‖g‖,  m = sum_j b_j c_j.
-
-    The loss gives a and b (``CURVATURE_WEIGHTS``): a = b = p for InfoNCE, a = sigma (1 - sigma) and
-    b = 0 for SigLIP.
     """
     dim = candidates.shape[1]
     outputs = candidates.new_zeros(dim, dim)
     output_norm = layer.outputs.norm(dim=-1)
-    # scale² / ‖g‖² for every pair that contains the row
+    # scale² / ‖g‖², once for every pair that contains the row
     weights = layer.count * (scale / output_norm).square()
-    directions = layer.directions.split(block_rows)
-    for unit, weight in zip(directions, weights.split(block_rows), strict=True):
+    unit_blocks = layer.directions.split(block_rows)
+    weight_blocks = weights.split(block_rows)
+    for unit, weight in zip(unit_blocks, weight_blocks, strict=True):
         logits = scale * unit @ candidates.T + bias
         a, b = CURVATURE_WEIGHTS[loss](logits)
         outputs += curvature_sum(unit, weight, candidates, diagonal=a, outer=b)
@@ -116,10 +115,11 @@ def curvature_factors(
 def curvature_sum(
     unit_rows: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor
 ) -> Tensor:
-    """Sum w (I - u u^T) C (I - u u^T) over the M rows, and return the sum (D, D).
+    """Sum the curvatures of M rows, and return the sum (D, D).
 
-    Every row has its own w, u and C = sum_j a_j c_j c_j^T - m m^T with m = sum_j b_j c_j. The
-    products with I - u u^T are expanded, so that no array is larger than (M, K), (M, D) or (D, D).
+    A row has a weight w, a unit vector u and a matrix C = sum_j a_j c_j c_j^T - m m^T, with
+    m = sum_j b_j c_j. The row's curvature is w (I - u u^T) C (I - u u^T). This product is expanded,
+    so that no array is larger than (M, K), (M, D), (K, D) or (D, D).
 
     Args:
         unit_rows: (M, D) u.
@@ -130,17 +130,17 @@ def curvature_sum(
     """
     # w (I - u u^T) C (I - u u^T) = w C - w u (C u)^T - w (C u) u^T + w (u^T C u) u u^T
     weight_column = weight[:, None]
-    mean = outer @ candidates  # m
-    mean_times_unit = (mean * unit_rows).sum(dim=-1, keepdim=True)  # m^T u
-    diagonal_times_unit = (diagonal * (unit_rows @ candidates.T)) @ candidates
-    curvature_times_unit = diagonal_times_unit - mean * mean_times_unit  # C u
-    unit_curvature_unit = (curvature_times_unit * unit_rows).sum(dim=-1, keepdim=True)  # u^T C u
-    weight_of_candidate = (weight @ diagonal)[:, None]
+    m = outer @ candidates
+    m_times_u = (m * unit_rows).sum(dim=-1, keepdim=True)
+    cosines = unit_rows @ candidates.T
+    c_times_u = (diagonal * cosines) @ candidates - m * m_times_u
+    u_c_u = (c_times_u * unit_rows).sum(dim=-1, keepdim=True)  # u^T C u
+    weight_of_candidate = (weight @ diagonal)[:, None]  # sum of w a_j over the rows
     sum_of_diagonals = candidates.T @ (weight_of_candidate * candidates)
-    # the sums over rows: of w C, of w u (C u)^T, and of w (u^T C u) u u^T
-    sum_of_c = sum_of_diagonals - mean.T @ (weight_column * mean)
-    one_sided = unit_rows.T @ (weight_column * curvature_times_unit)
-    two_sided = unit_rows.T @ (weight_column * unit_curvature_unit * unit_rows)
+    # three sums over the rows
+    sum_of_c = sum_of_diagonals - m.T @ (weight_column * m)  # w C
+    one_sided = unit_rows.T @ (weight_column * c_times_u)  # w u (C u)^T
+    two_sided = unit_rows.T @ (weight_column * u_c_u * unit_rows)  # w (u^T C u) u u^T
     return sum_of_c - one_sided - one_sided.T + two_sided
 
 
@@ -148,11 +148,12 @@ def curvature_sum(
 class LayerPosterior:
     """Gaussian posterior for a last layer's weights P.
 
-    The variance of the layer's output P phi is (phi^T inputs phi) * outputs.
+    The precision is a Kronecker product, Ã (F, F) for the inputs times B̃ (D, D) for the outputs.
+    The output P phi has the variances (phi^T Ã^(-1) phi) * diagonal of B̃^(-1).
     """
 
-    inputs: Tensor  # (F, F) inverse of the precision's first factor
-    outputs: Tensor  # (D,) diagonal of the second factor's inverse
+    inputs: Tensor  # (F, F) Ã^(-1)
+    outputs: Tensor  # (D,) diagonal of B̃^(-1)
 
     def variance(self, phi: Tensor) -> Tensor:
         """Compute the variances (M, D) of the layer's outputs at the inputs ``phi`` (M, F)."""
@@ -171,26 +172,29 @@ def layer_posterior(
     """
     # each factor is multiplied by this scale, so the product is multiplied by tau / n
     scale = math.sqrt(pseudo_count / layer_factors.n)
+    # eigenvalues and eigenvectors of both factors
     a, a_vectors = torch.linalg.eigh(scale * layer_factors.inputs)  # (F,), (F, F)
     b, b_vectors = torch.linalg.eigh(scale * layer_factors.outputs)  # (D,), (D, D)
-    a = a.clamp_min(0)
+    a = a.clamp_min(0)  # rounding can make an eigenvalue negative
     b = b.clamp_min(0)
     prior_precision = best_prior_precision(a, b, squared_norm)
-    inputs = (a_vectors / (a + math.sqrt(prior_precision))) @ a_vectors.T
-    outputs = b_vectors.square() @ (1 / (b + math.sqrt(prior_precision)))
-    return LayerPosterior(inputs, outputs), prior_precision
+    root = math.sqrt(prior_precision)
+    inverse_for_inputs = (a_vectors / (a + root)) @ a_vectors.T
+    diagonal_for_outputs = b_vectors.square() @ (1 / (b + root))
+    return LayerPosterior(inverse_for_inputs, diagonal_for_outputs), prior_precision
 
 
 def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
-    """Compute a Laplace approximation's log marginal likelihood, as a function of log lambda.
+    """Compute a Laplace approximation's log marginal likelihood for a prior precision lambda.
 
-    Terms that do not depend on the prior precision lambda are left out. The rest is
+    ``log_prior`` is log lambda. The posterior precision is Ã ⊗ B̃. Let a (F,) and b (D,) be the
+    eigenvalues of the two factors without the prior. Then in the eigenbasis
+    Ã = diag(a) + sqrt(lambda) I and B̃ = diag(b) + sqrt(lambda) I.
+
+    Terms that do not depend on lambda are left out. The rest is
 
         (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2,
         log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
-
-    In the eigenbasis Ã = diag(a) + sqrt(lambda) I and B̃ = diag(b) + sqrt(lambda) I, where a (F,)
-    and b (D,) are the eigenvalues of sqrt(tau) A and sqrt(tau) B.
     """
     n_inputs = len(a)  # F
     n_outputs = len(b)  # D
@@ -203,17 +207,17 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
 def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
     """Find the prior precision lambda that maximises ``log_evidence``.
 
-    The evidence is concave in log lambda, so there is one maximum. The maximum is below
-    lambda = F D / ‖P‖², because from there on the sum of the first two terms falls, and the third
-    term falls everywhere. The search is between e^-60 times this bound and the bound.
+    The evidence is concave in log lambda, so there is one maximum. The maximum is below the bound
+    lambda = F D / ‖P‖². From there on, the sum of the evidence's first two terms falls, and the
+    third term falls everywhere. The search is between e^-60 times this bound and the bound.
     """
     from scipy.optimize import minimize_scalar
 
     def negative_evidence(log_prior: float) -> float:
         return -log_evidence(log_prior, a, b, squared_norm)
 
-    highest = math.log(len(a) * len(b) / squared_norm)
-    bounds = (highest - 60, highest)
+    largest_log_prior = math.log(len(a) * len(b) / squared_norm)
+    bounds = (largest_log_prior - 60, largest_log_prior)
     optimum = minimize_scalar(
         negative_evidence, bounds=bounds, method="bounded", options={"xatol": 1e-6}
     )
@@ -223,26 +227,28 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 def cosine_moments(
     g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute the mean and the variance (B, K) of the cosine between Gaussian vectors.
+    """Compute means (B, K) and variances (B, K) of the cosines between Gaussian vectors.
 
-    The vectors have the means ``g`` (B, D) and ``h`` (K, D). The covariances are diagonal, with the
-    diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
+    The B vectors have the means ``g`` (B, D), and the K vectors the means ``h`` (K, D). The
+    covariances are diagonal, with the diagonals ``g_variance`` (B, D) and ``h_variance`` (K, D).
 
-    The moments of the dot product are exact. The product of the norms is replaced by its root mean
-    square.
+    A cosine is a dot product, divided by the product of two norms. The dot product's mean and
+    variance are exact. The product of the norms is replaced by its root mean square.
     """
-    g_second = g.square() + g_variance  # expected squares of the coordinates
-    h_second = h.square() + h_variance
-    g_squared_norm = g_second.sum(dim=-1)
-    h_squared_norm = h_second.sum(dim=-1)
-    squared_norms = g_squared_norm[:, None] * h_squared_norm
-    mean = g @ h.T / squared_norms.sqrt()
-    variance = (g_second @ h_variance.T + g_variance @ h.square().T) / squared_norms
+    # expected squares of the coordinates
+    g_squares = g.square() + g_variance
+    h_squares = h.square() + h_variance
+    # expected squared norms
+    g_squared_norm = g_squares.sum(dim=-1)
+    h_squared_norm = h_squares.sum(dim=-1)
+    squared_norm_product = g_squared_norm[:, None] * h_squared_norm  # (B, K)
+    mean = g @ h.T / squared_norm_product.sqrt()
+    variance = (g_squares @ h_variance.T + g_variance @ h.square().T) / squared_norm_product
     return mean, variance
 
 
 MAX_DISTANCE = 1e-2
-"""Largest allowed distance between normalise(P phi) and the embedding.
+"""Largest allowed distance between the normalised layer output P phi and the embedding.
 
 The rounding of float16 alone gives about 1e-3.
 """
@@ -252,53 +258,57 @@ The rounding of float16 alone gives about 1e-3.
 class BayesVLM(FailurePredictor):
     """Last-layer Laplace: a posterior over the VLM's last linear layers softens the VLM's logits.
 
-    u = 1 - p_t̂, where p is the softmax of the softened logits.
+    u = 1 - p_t̂, where t̂ is the VLM's answer and p is the softmax of the softened logits.
 
-    The last layers are g = P phi in the image encoder and h = Q psi in the text encoder. The
-    posterior precision of P is
+    The image encoder's last layer is g = P phi, and the text encoder's last layer is h = Q psi.
+    There are n training pairs, each an image with its class text or its caption. H_i is the
+    Gauss-Newton curvature of the contrastive loss in pair i's g. The posterior precision of P is
 
         (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I),
-        A = n^(-1/2) sum_i phi_i phi_i^T (F, F),  B = n^(-1/2) sum_i H_i (D, D),
+        A = n^(-1/2) sum_i phi_i phi_i^T (F, F),  B = n^(-1/2) sum_i H_i (D, D).
 
-    with H_i the Gauss-Newton curvature of the contrastive loss in g_i. The precision of Q has the
-    same form, with images and texts exchanged. For each encoder, the prior precision lambda
-    maximises the Laplace evidence. Let Ã and B̃ be the two factors of the precision. Then the
-    variance of g is phi^T Ã^(-1) phi times the diagonal of B̃^(-1). The variances of g and h
-    determine every logit's mean m_j and variance v_j, and
+    tau weights the data, and the prior precision lambda maximises the Laplace evidence. The
+    precision of Q has the same form, with images and texts exchanged, and with its own lambda.
+
+    Let Ã and B̃ be the two factors of the precision. Then the variance of g is phi^T Ã^(-1) phi
+    times the diagonal of B̃^(-1). The means and variances of g and h determine every logit's mean
+    m_j and variance v_j, and
 
         p = softmax_j(m_j / sqrt(1 + pi v_j / 8)).
 
-    The VLM's own answer t̂ is scored, although p_t̂ need not be the largest p_j. The logit bias
+    The score is for the VLM's answer t̂, even if another candidate has a larger p_j. The logit bias
     changes p, because the divisor differs between candidates.
 
-    The n pairs are the training images, each with its class text or its caption. The
-    loss matches an image with all K candidates, and a text with the images in its chunk. A text
-    counts once for each of its images. With captions a chunk is a pool. A class without training
-    images adds nothing to the factors. If its psi is orthogonal to psi for all texts
-    with images, the data do not reduce the factor psi^T Ã^(-1) psi in the variance of h.
+    The pairs are read in chunks. With captions a chunk is a pool. The loss matches an image with
+    all K candidates, and a text with the images in its chunk. A text counts once for each of its
+    images. A class without training images adds nothing to the factors. If this class's psi is
+    orthogonal to psi for all texts with images, the data do not reduce the factor psi^T Ã^(-1) psi
+    in the variance of h.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
 
     - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``,
-      ``image_projection`` and ``text_projection``. Data are refused if normalise(P phi) is farther
-      than 1e-2 from an embedding. This refuses, for example, features from a second encoder, and
-      texts averaged over prompts. A last layer with bias has the bias as a further column in P. The
-      feature for this column is always one.
-    - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings, with
-      phi = g = z and P = I. This variant is ours, not the published method.
+      ``image_projection`` and ``text_projection``. Data are refused if a normalised P phi is
+      farther than 1e-2 from its embedding. This happens, for example, with features from a second
+      encoder, or with texts averaged over prompts. If a last layer has a bias, the bias is a
+      further column in P, and the feature for this column is always one.
+    - "bayesvlm (embeddings-only)": the last layer is taken as the identity on the embeddings z,
+      with phi = g = z and P = I. This variant is ours, not the published method.
 
     Args:
         mode: "model", "embeddings", or "auto". "auto" means "model" if the training data have all
             four columns, else "embeddings".
         loss: The VLM's training loss: "infonce" (CLIP) or "siglip".
-        pseudo_count: Weight tau of the pairs against the prior, 10 in the reference implementation.
+        pseudo_count: Weight tau of the pairs against the prior. The reference implementation
+            has 10.
         chunk: Number of pairs in a chunk. A text is matched with this number of images.
 
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The
     reference implementation omits the factor 1/2 before the log-determinants in the evidence, and
     swaps the factors F and D there. Here the evidence is as derived. In the reference
-    implementation the pairs come from the VLM's own training data, here from the data to fit on.
+    implementation the pairs come from the VLM's own training data. Here they come from the data to
+    fit on.
 
     Examples:
         >>> import numpy as np, vilu
@@ -309,7 +319,7 @@ class BayesVLM(FailurePredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from 45 degrees
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0)
         >>> method.fit(train).predict_uncertainty(new).round(2)  # class 1 has fewer images
@@ -344,14 +354,19 @@ class BayesVLM(FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The method's name, once fitted followed by the kind of fit."""
-        return self._label(uses_features=self._uses_features) if self.learned_ else self.name
+        """The method's name. After a fit, the kind of fit follows."""
+        if not self.learned_:
+            return self.name
+        return self._label(uses_features=self._uses_features)
 
     def _label(self, *, uses_features: bool) -> str:
         return f"{self.name} (model)" if uses_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Return the four columns in mode "model", or in "auto" if ``train`` has all, else none."""
+        """Return all four columns or none.
+
+        The columns are used in mode "model", and in mode "auto" if ``train`` has all four.
+        """
         if self.mode == "model":
             return self.optional_columns
         has_columns = train.columns.issuperset(self.optional_columns)
@@ -362,7 +377,9 @@ class BayesVLM(FailurePredictor):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The columns that the fit used."""
-        return self.optional_columns if self.learned_ and self._uses_features else ()
+        if self.learned_ and self._uses_features:
+            return self.optional_columns
+        return ()
 
     @property
     def _uses_features(self) -> bool:
@@ -395,8 +412,8 @@ class BayesVLM(FailurePredictor):
         return Learnt(tensors, {"label": label, "prior_precision": prior_precisions})
 
     def _squared_norm(self, encoder: str, train: Rows) -> float:
-        """Return a last layer's ‖P‖², or D for the identity in an embeddings-only fit."""
-        if not train.columns:
+        """Return the squared norm ‖P‖² of a last layer's weights P."""
+        if not train.columns:  # in an embeddings-only fit P is the identity, so ‖P‖² is D
             return train.source.space.embed_dim
         # every row has the same projection, so the first row is enough
         projection = train.source.column(f"{encoder}_projection", train.index[:1])
@@ -407,10 +424,13 @@ class BayesVLM(FailurePredictor):
         self, train: Rows
     ) -> Iterator[tuple[CurvatureFactors, CurvatureFactors]]:
         """Yield the image layer's and the text layer's factors from every chunk of pairs."""
-        # Labelled rows are often sorted by class, and a text must be matched with images from all
-        # classes, so labelled rows are shuffled. Rows with captions stay within pools.
-        generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
-        with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
+        # Labelled rows are often sorted by class. They are shuffled, because a text must be matched
+        # with images from all classes. Rows with captions are not shuffled: they stay in pools.
+        generator = None
+        if not train.source.pool_size:
+            generator = torch.Generator().manual_seed(self.seed)
+        n_chunks = steps_per_epoch(train, self.chunk)
+        with track("fit", n_chunks, "chunks") as task:
             for batch in train.steps(self.chunk, generator):
                 yield self._chunk_factors(batch, uses_features=bool(train.columns))
                 task.advance(1)
@@ -428,12 +448,13 @@ class BayesVLM(FailurePredictor):
         image_layer = Layer(phi, g, one_pair_per_image)
         pairs_per_text = torch.bincount(batch.target, minlength=len(h))
         text_layer = Layer(psi, h, pairs_per_text.to(h))
+        images = image_layer.directions
+        texts = text_layer.directions
         scale = batch.logit_scale
         bias = batch.logit_bias
-        return (
-            curvature_factors(image_layer, text_layer.directions, scale, bias, self.loss),
-            curvature_factors(text_layer, image_layer.directions, scale, bias, self.loss),
-        )
+        image_factors = curvature_factors(image_layer, texts, scale, bias, self.loss)
+        text_factors = curvature_factors(text_layer, images, scale, bias, self.loss)
+        return image_factors, text_factors
 
     def _posterior(self, encoder: str, like_tensor: Tensor) -> LayerPosterior:
         """Return a last layer's posterior, with the device and the dtype of ``like_tensor``."""
@@ -447,12 +468,13 @@ class BayesVLM(FailurePredictor):
         g_variance = image_posterior.variance(phi)
         text_posterior = self._posterior("text", g)
         h_variance = text_posterior.variance(psi)
-        mean, variance = cosine_moments(g, g_variance, h, h_variance)
+        cosine_mean, cosine_variance = cosine_moments(g, g_variance, h, h_variance)
         scale = batch.logit_scale
+        logit_mean = scale * cosine_mean + batch.logit_bias
+        logit_variance = scale**2 * cosine_variance
         # the softmax of the softened logits approximates the expected softmax of Gaussian logits
-        divisor = (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
-        logits = (scale * mean + batch.logit_bias) / divisor
-        log_odds = failure_log_odds(logits, batch)
+        softened_logits = logit_mean / (1 + math.pi / 8 * logit_variance).sqrt()
+        log_odds = failure_log_odds(softened_logits, batch)
         return torch.sigmoid(log_odds)
 
 
@@ -478,13 +500,13 @@ def run_last_layer(
     """Compute the inputs phi and outputs P phi of one encoder's last layer.
 
     Args:
-        batch: Rows with both columns.
+        batch: Rows with the two columns below.
         features: Name of the column with phi.
-        projection: Name of the column with P.
-        embedding: The encoder's embeddings. normalise(P phi) must equal these embeddings.
+        projection: Name of the column with the layer's weights P.
+        embedding: The encoder's embeddings. The normalised outputs must equal these embeddings.
 
     Raises:
-        DataError: If P has another shape than expected, or P phi does not give the embeddings.
+        DataError: If P has a wrong shape, or if the outputs do not give the embeddings.
     """
     phi = batch.columns[features]
     layer = batch.columns[projection]
@@ -510,7 +532,10 @@ def run_last_layer(
 
 
 def _largest_distance(g: Tensor, embedding: Tensor) -> float:
-    """Compute the largest distance of normalised outputs P phi (B, D) from the rows' embeddings."""
+    """Compute the largest distance between a normalised output P phi and the row's embedding.
+
+    ``g`` (B, D) are the outputs, not normalised.
+    """
     difference = functional.normalize(g, dim=-1) - embedding
     distance = difference.norm(dim=-1)
     return float(distance.max())

@@ -1,4 +1,4 @@
-"""Delta methods: distance to rightly answered images minus distance to wrongly answered images."""
+"""Delta methods: distance to rightly answered images, minus distance to wrongly answered images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 from vilu_bench.methods.mahalanobis import fit_gaussian, shared_covariance
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# why the delta methods do not work on captions, as the end of a sentence in messages
+# end of a message: why a delta method does not work on captions
 NO_CAPTIONS = (
     "it compares images answered rightly and wrongly, "
     "and with other captions other images would be answered wrongly"
@@ -40,10 +40,11 @@ def cosine_margin(batch: Batch) -> Tensor:
     top_logits = batch.logits.topk(2, dim=1).values
     two_largest_logits = float64(top_logits)
     largest, second_largest = two_largest_logits.unbind(dim=1)
+    # a logit is the scale times the cosine plus a bias, and the bias cancels in the difference
     return (largest - second_largest) / batch.logit_scale
 
 
-LOG_OFFSET = 1e-6  # is added to squared distances before the logarithm, as in the released code
+LOG_OFFSET = 1e-6  # added to squared distances before the logarithm, as in the released code
 
 
 @dataclasses.dataclass
@@ -54,11 +55,13 @@ class DeltaKNN(ClosedSet):
         - margin_weight * (cos_(1) - cos_(2))
 
     There are two banks: the rightly answered and the wrongly answered training images. d_i are the
-    Euclidean distances, between unit vectors, to the nearest images in the right bank, and e_j to
-    the nearest images in the wrong bank. cos_(1) and cos_(2) are the two largest cosines with the
-    candidates. Without the margin, u is 2/D times the log-likelihood ratio, wrong over right, from
-    two k-NN density estimates, up to constants. If a bank has fewer than k images, all its images
-    are used. For an empty bank the mean is zero, as for a flat density.
+    distances to the k nearest images in the right bank, and e_j to the k nearest images in the
+    wrong bank. The distances are Euclidean, between unit vectors. cos_(1) and cos_(2) are the two
+    largest cosines with the candidates.
+
+    Each bank gives a k-NN density estimate in D dimensions. Without the cosine term, u is 2/D times
+    the log-likelihood ratio, wrong over right, up to constants. If a bank has fewer than k images,
+    all its images are used. For an empty bank the mean is zero, as for a flat density.
 
     Args:
         k: Number of neighbours per bank.
@@ -66,17 +69,17 @@ class DeltaKNN(ClosedSet):
             out. The paper chooses lambda so that both terms have a similar magnitude.
 
     Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (k = 25 in the paper). As in
-    the released code, squared distances enter the logarithm, so it is twice the logarithm in
-    the paper. lambda multiplies cosines, because the CLIP logits in the released code are cosines
-    without the logit scale. So lambda does not depend on a model's logit scale.
+    the released code, the logarithm is of squared distances. This is twice the logarithm in the
+    paper. As in the released code, lambda multiplies cosines without the logit scale. So lambda
+    does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # below zero: nearer to a rightly than to the wrongly answered image
+        >>> # below zero: a rightly answered image is nearer than the wrongly answered image
         >>> vilu.PREDICTORS["delta_knn"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-0.47, -1.61])
     """
@@ -104,7 +107,7 @@ class DeltaKNN(ClosedSet):
     ) -> Learnt:
         bank_rows, positions = draw_rows(train, self.max_bank, self.seed)
         bank_failure = failure[positions]
-        # the rightly answered images come first, then the wrongly answered images
+        # failure is 0 for right answers and 1 for wrong answers
         right_first_order = bank_failure.argsort(stable=True)
         sorted_rows = dataclasses.replace(bank_rows, index=bank_rows.index[right_first_order])
         bank = read_images(sorted_rows)
@@ -114,23 +117,24 @@ class DeltaKNN(ClosedSet):
         return Learnt(tensors, {"n_bank": len(bank)})
 
     def _score(self, batch: Batch) -> Tensor:
-        # Raises an error for other classes: with other classes, other training images would be
-        # answered wrongly.
+        # this call raises an error for an unknown class: with other classes, other training images
+        # would be answered wrongly
         self.classes_of(batch.text)
         bank = self.learned_["bank"]
         n_right = int(self.learned_["n_right"])
-        distance_to_right = self._log_distance(batch.image, bank[:n_right])
-        distance_to_wrong = self._log_distance(batch.image, bank[n_right:])
-        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
+        log_distance_to_right = self._mean_log_distance(batch.image, bank[:n_right])
+        log_distance_to_wrong = self._mean_log_distance(batch.image, bank[n_right:])
+        difference = log_distance_to_right - log_distance_to_wrong
+        return difference - self.margin_weight * cosine_margin(batch)
 
-    def _log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
-        """Average the log squared distances to the bank's nearest images, as (B,) float64.
+    def _mean_log_distance(self, image: Tensor, bank: Tensor) -> Tensor:
+        """Average the log squared distances (B,), float64, to the bank's k nearest images.
 
         Return zeros if the bank is empty.
         """
         if not len(bank):
-            zero_distances = image.new_zeros(len(image))
-            return float64(zero_distances)
+            zeros = image.new_zeros(len(image))
+            return float64(zeros)
         similarity, _ = nearest_in_bank(image, bank, self.k)
         cosine = float64(similarity)
         squares = squared_distance_of_cosine(cosine)
@@ -148,9 +152,9 @@ class DeltaKNNMargin(DeltaKNN):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # the scores of delta_knn minus 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_knn, minus 10 times the cosine gap 0.96 - 0.28
         >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([-7.27, -8.41])
     """
@@ -165,7 +169,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 @dataclasses.dataclass
 class DeltaMDS(ClosedSet):
-    """Delta-MDS: distance to rightly answered images minus distance to wrongly answered images.
+    """Delta-MDS: distance to rightly answered images, minus distance to wrongly answered images.
 
     The distances are squared Mahalanobis distances.
 
@@ -174,31 +178,31 @@ class DeltaMDS(ClosedSet):
 
     There are two banks: the rightly answered and the wrongly answered training images. For the
     rightly answered images, m_c is the mean in class c, and R is the covariance around these means.
-    n_c and W are the same for the wrongly answered images. cos_(1) and cos_(2) are the two largest
-    cosines with the candidates. Each minimum is over the classes with such images. For an empty
-    bank the term is zero.
+    For the wrongly answered images, these are n_c and W. Each minimum is over the classes that have
+    images in the bank. For an empty bank the term is zero. cos_(1) and cos_(2) are the two largest
+    cosines with the candidates.
 
-    If no class in a bank has two different images, the bank gets the covariance within the classes
-    over all training images. If all training images have no spread within classes either, the
-    covariance is the mean variance of a coordinate times the identity.
+    If no class in a bank has two different images, the bank uses the covariance within classes over
+    all training images. If no class has two different training images at all, the covariance is
+    the mean variance of a coordinate times the identity.
 
     Args:
         margin_weight: Weight lambda of the gap between the two largest cosines. 0 leaves the gap
             out. The paper chooses lambda so that both terms have a similar magnitude. The distances
             grow with D, and are larger with less shrinkage.
 
-    Source: Heng and Soh, ICLR 2026, eq. 5. There are two differences from the released code: here
-    embeddings have unit norm, and covariances are Ledoit-Wolf estimates, because plain covariances
-    from few images are singular. lambda multiplies cosines, because the CLIP logits in the released
-    code are cosines without the logit scale. So lambda does not depend on a model's logit scale.
+    Source: Heng and Soh, ICLR 2026, eq. 5. There are two differences from the released code. Here
+    embeddings have unit norm. Covariances are Ledoit-Wolf estimates, because plain covariances from
+    few images are singular. As in the released code, lambda multiplies cosines without the logit
+    scale. So lambda does not depend on a model's logit scale.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # above zero: nearer to the wrongly answered image than to the right ones
+        >>> # above zero: the wrongly answered image is nearer than the rightly answered images
         >>> vilu.PREDICTORS["delta_mds"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.65, -2.59])
     """
@@ -233,16 +237,17 @@ class DeltaMDS(ClosedSet):
     def _fit_bank(
         self, bank_name: str, train: Rows, label: Tensor, is_member: Tensor
     ) -> dict[str, Tensor]:
-        """Compute a bank's whitened class means, class counts and whitening matrix.
+        """Compute a bank's whitened class means, image counts per class, and whitening matrix.
 
-        ``is_member`` (N,) is true for the training images in the bank. ``bank_name``, "right" or
-        "wrong", begins the names of the tensors.
+        ``is_member`` (N,) is true for the training images in the bank. The tensors' names begin
+        with ``bank_name``, which is "right" or "wrong".
         """
         n_classes = train.source.n_candidates
         members = dataclasses.replace(train, index=train.index[is_member])
-        means, counts = class_means(members, label[is_member], n_classes)
-        covariance = shared_covariance(members, label[is_member], means)
-        if covariance is None:
+        member_label = label[is_member]
+        means, counts = class_means(members, member_label, n_classes)
+        covariance = shared_covariance(members, member_label, means)
+        if covariance is None:  # no class in the bank has two different images
             whitening = fit_gaussian(train, label, n_classes)["whitener"]
         else:
             whitening = whitener(covariance)
@@ -258,15 +263,20 @@ class DeltaMDS(ClosedSet):
         class_of_candidate = classes.to(image.device)
         distance_to_right = self._distance(image, class_of_candidate, "right")
         distance_to_wrong = self._distance(image, class_of_candidate, "wrong")
-        return distance_to_right - distance_to_wrong - self.margin_weight * cosine_margin(batch)
+        difference = distance_to_right - distance_to_wrong
+        return difference - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, class_of_candidate: Tensor, bank_name: str) -> Tensor:
-        """Compute squared distances (B,) to a bank's nearest class mean, zero for an empty bank."""
+        """Compute squared distances (B,) to the nearest class mean in a bank.
+
+        For an empty bank the distances are zero.
+        """
         means = self.tensor(f"{bank_name}_means", image.device)[class_of_candidate]
         counts = self.tensor(f"{bank_name}_counts", image.device)[class_of_candidate]
         whitened = image @ self.tensor(f"{bank_name}_whitener", image.device)
         squares = squared_distances(whitened, means)
-        smallest = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
+        has_no_images = counts == 0  # (K,)
+        smallest = squares.masked_fill(has_no_images, math.inf).amin(dim=1)
         is_bank_empty = smallest == math.inf
         return torch.where(is_bank_empty, 0.0, smallest)
 
@@ -281,10 +291,10 @@ class DeltaMDSMargin(DeltaMDS):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> method = vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0)
-        >>> # the scores of delta_mds minus 10 times the margin 0.96 - 0.28
+        >>> # the scores of delta_mds, minus 10 times the cosine gap 0.96 - 0.28
         >>> method.fit(train).predict_uncertainty(new).round(2)
         array([-6.15, -9.39])
     """

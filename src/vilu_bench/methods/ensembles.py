@@ -45,7 +45,7 @@ class DeepEnsemble(ViLU):
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> method = vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10)
-        >>> method.fit(train).predict_uncertainty(new).round()  # only the second is likely wrong
+        >>> method.fit(train).predict_uncertainty(new).round()  # only the answer at 53 is wrong
         array([0., 1., 0.])
     """
 
@@ -76,17 +76,18 @@ class DeepEnsemble(ViLU):
         return nn.ModuleList(self._head(space) for _ in range(self.members))
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        fit_and_selection_rows = fit_and_selection(
+        rows_to_fit, selection_rows = fit_and_selection(
             train, failure, validation, self.validation_fraction, self.seed
         )
         failure_rate = float(failure.double().mean())
         tensors: dict[str, Tensor] = {}
         notes = {}
         for number, member in enumerate(self._new_members()):
-            if isinstance(self.start_, DeepEnsemble):  # each member starts from its counterpart
+            # each head starts from the head with the same number in the start ensemble
+            if isinstance(self.start_, DeepEnsemble):
                 member.start_ = self.start_._new_members()[number]
                 member.start_.network_ = self.start_.heads[number]
-            learnt = member.train_head(*fit_and_selection_rows, failure_rate)
+            learnt = member.train_head(rows_to_fit, selection_rows, failure_rate)
             for name, tensor in learnt.tensors.items():
                 tensors[f"{number}.{name}"] = tensor
             notes[f"member_{number}"] = learnt.notes
@@ -94,9 +95,10 @@ class DeepEnsemble(ViLU):
 
     def _new_members(self) -> list[ViLU]:
         """Make the ensemble's unfitted heads, each with a different seed."""
-        values = {name: getattr(self, name) for name in parameters(ViLU)}
-        first_seed = self.seed * self.members
-        return [ViLU(**values | {"seed": first_seed + m}) for m in range(self.members)]
+        shared_values = {name: getattr(self, name) for name in parameters(ViLU)}
+        del shared_values["seed"]
+        first_seed = self.seed * self.members  # so ensembles with different seeds share no seed
+        return [ViLU(**shared_values, seed=first_seed + m) for m in range(self.members)]
 
     def _start_notes(self) -> dict[str, object]:
         return {}  # each member's notes report its start
@@ -128,7 +130,7 @@ class MCDropout(ViLU):
         >>> new_image = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]  # at 0, 53 and 90 degrees
         >>> new = vilu.Embeddings(new_image, text)
         >>> method = vilu.PREDICTORS["mc_dropout"](epochs=10)
-        >>> method.fit(train).predict_uncertainty(new).round()  # only the second is likely wrong
+        >>> method.fit(train).predict_uncertainty(new).round()  # only the answer at 53 is wrong
         array([0., 1., 0.])
     """
 
@@ -165,7 +167,8 @@ class MCDropout(ViLU):
             hidden = first_layer_output
             for layer in head.rest:
                 if isinstance(layer, Dropout):
-                    mask = layer.mask(hidden.shape[1:], generator)
+                    shape_of_row = hidden.shape[1:]  # all rows share the mask
+                    mask = layer.mask(shape_of_row, generator)
                     hidden = hidden * mask.to(hidden.device)
                 else:
                     hidden = layer(hidden)

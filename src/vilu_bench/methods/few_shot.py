@@ -2,11 +2,11 @@
 
 Shapes: B rows to score, M labelled rows, N held-out rows, K classes, D embedding width.
 
-Some of these methods have a number to choose. The original work chooses it on a validation set.
-Here there are no further labels, so the number is chosen by cross-fitting
-(``held_out_posteriors``): labelled rows are held out in folds, and the chosen value makes their
-labels most likely. If the original work chooses by accuracy, the chosen value gives the most right
-answers to held-out rows.
+Some of these methods have a parameter to choose, for example a penalty. The original works choose
+its value on a validation set. Here there are no further labels, so the value is chosen by
+cross-fitting (``held_out_posteriors``): the labelled rows are held out in folds. The chosen value
+makes the labels of held-out rows most likely. If the original work chooses by accuracy, the chosen
+value gives the most right answers to held-out rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 N_FOLDS = 5
 """Number of folds into which the labelled rows are divided."""
 MIN_PROBABILITY = 1e-6
-"""Probabilities of a probe are clipped to this value. A class without labels would have 0."""
+"""Smallest probability from a linear probe. A class without labels would otherwise have 0."""
 
 Floats = NDArray[np.float64]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,9 +55,9 @@ class LabelledImages(NamedTuple):
         """Collect the training rows: all rows, or ``max_bank`` rows drawn with ``seed``."""
         bank_rows, _ = draw_rows(train, max_bank, seed)
         image = read_images(bank_rows)
-        blocks = [float64(batch.logits) for batch in bank_rows.batches(SCORING_BATCH)]
+        batches = bank_rows.batches(SCORING_BATCH)
+        logits = torch.cat([float64(batch.logits) for batch in batches])
         label = class_labels(bank_rows)
-        logits = torch.cat(blocks)
         return cls(image, label, logits, train.source.n_candidates)
 
     def take(self, rows: Tensor) -> LabelledImages:
@@ -68,12 +68,14 @@ class LabelledImages(NamedTuple):
 def class_folds(label: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Assign every row to a fold, and return fold numbers (M,).
 
-    The rows in each class are dealt to the folds in turn.
+    The rows in each class are dealt to the folds in turn, in a random order.
     """
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(label))
-    rows_by_class = shuffled[np.argsort(label[shuffled], kind="stable")]
+    class_order = np.argsort(label[shuffled], kind="stable")
+    rows_by_class = shuffled[class_order]
     fold_of_row = np.empty(len(label), dtype=np.int64)
+    # the folds 0, 1, ..., 4, 0, 1, ... for the rows in this order
     fold_of_row[rows_by_class] = np.arange(len(label)) % N_FOLDS
     return fold_of_row
 
@@ -83,16 +85,16 @@ def held_out_posteriors(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Compute held-out log posteriors (V, N, K) under V values to choose from, and labels (N,).
+    """Compute the held-out rows' log posteriors (V, N, K) for each of V values, and labels (N,).
 
     If a class has only one labelled row, this row is never held out, because nothing would be known
-    about the class. If all rows are such rows, return None.
+    about the class. Return None if every class has at most one row.
 
     Args:
         rows: The labelled rows.
         seed: Seed for the folds.
-        log_posteriors: Function that gets the rows to fit on and n held-out rows. It returns the
-            log posteriors (V, n, K) for the held-out rows.
+        log_posteriors: Function that gets the rows to fit on, and a fold's n held-out rows. It
+            returns the log posteriors (V, n, K) for the held-out rows.
     """
     posteriors_of_folds = []
     held_out_labels = []
@@ -110,13 +112,13 @@ def held_out_posteriors(
 
 
 def _held_out_masks(rows: LabelledImages, seed: int) -> Iterator[Tensor]:
-    """Yield each fold's mask (M,) for the held-out rows. Folds without such rows are skipped."""
+    """Yield a mask (M,) of the held-out rows, for every fold that has such rows."""
     count = torch.bincount(rows.label, minlength=rows.n_classes)
-    is_only_label = count[rows.label] == 1
+    is_alone_in_class = count[rows.label] == 1
     fold_numbers = class_folds(rows.label.numpy(), seed)
     fold_of_row = torch.from_numpy(fold_numbers)
     for fold in range(N_FOLDS):
-        is_held_out = (fold_of_row == fold) & ~is_only_label
+        is_held_out = (fold_of_row == fold) & ~is_alone_in_class
         if is_held_out.any():
             yield is_held_out
 
@@ -126,7 +128,7 @@ def likeliest_index(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Find the index of the value that makes the held-out labels most likely.
+    """Find the value that makes the held-out labels most likely. Return the value's index.
 
     Return None if no row is held out. The arguments are those of ``held_out_posteriors``.
     """
@@ -134,7 +136,8 @@ def likeliest_index(
     if posteriors_and_labels is None:
         return None
     log_p, label = posteriors_and_labels
-    log_p_of_label = log_p[:, torch.arange(len(label)), label]
+    held_out_rows = torch.arange(len(label))
+    log_p_of_label = log_p[:, held_out_rows, label]  # (V, N)
     log_likelihood = log_p_of_label.sum(dim=1)
     return int(log_likelihood.argmax())
 
@@ -144,15 +147,16 @@ def most_accurate_index(
     seed: int,
     log_posteriors: Callable[[LabelledImages, LabelledImages], Tensor],
 ) -> int | None:
-    """Find the index of the first value that gives the most right answers to held-out rows.
+    """Find the value that gives the most right answers to held-out rows. Return the value's index.
 
-    Return None if no row is held out. The arguments are those of ``held_out_posteriors``.
+    With equal counts the first value is best. Return None if no row is held out. The arguments are
+    those of ``held_out_posteriors``.
     """
     posteriors_and_labels = held_out_posteriors(rows, seed, log_posteriors)
     if posteriors_and_labels is None:
         return None
     log_p, label = posteriors_and_labels
-    is_right = log_p.argmax(dim=2) == label
+    is_right = log_p.argmax(dim=2) == label  # (V, N)
     n_right = is_right.sum(dim=1)
     is_best = n_right == n_right.max()
     return int(is_best.nonzero()[0])
@@ -162,10 +166,10 @@ def most_accurate_index(
 class LinearProbeCV(ClassRegression):
     """The linear probe, with a penalty strength chosen by cross-validation.
 
-    u = 1 - P(t̂ | z), as for ``linear_probe``. The labels are held out in five folds, and C is the
-    value of ``grid`` under which held-out labels are most likely. In this comparison every class
-    has at least the probability 1e-6. If no row can be held out, because every class has one label,
-    C is 100, as for ``linear_probe``.
+    u = 1 - P(t̂ | z), as for ``linear_probe``. C is the inverse strength of the L2 penalty. The
+    labels are held out in five folds, and C is the value in ``grid`` that makes the held-out labels
+    most likely. In this choice every class has at least the probability 1e-6. If every class has
+    one label, no row can be held out, and C is 100, as for ``linear_probe``.
 
     Args:
         grid: The values of C to choose from.
@@ -245,22 +249,26 @@ def probe_log_posteriors(
 
 
 def fit_mix_weights(log_p: Floats, label: NDArray[np.int64]) -> Floats:
-    """Find weights w (2,), not negative, with which a log-linear pool makes labels most likely.
+    """Find the weights w (2,) of a mix between two posteriors. No weight is negative.
 
-    The pool is q ~ exp(sum_m w_m log p_m), with log posteriors log p (N, 2, K) and labels (N,).
+    The log posteriors log p are (N, 2, K). The mix is q ~ exp(w_0 log p_0 + w_1 log p_1), and the
+    weights make the labels (N,) most likely under q.
     """
     from scipy.optimize import minimize
 
     rows = np.arange(len(label))
-    log_p_of_label = log_p[rows, :, label]
+    log_p_of_label = log_p[rows, :, label]  # (N, 2)
 
     def loss(weights: Floats) -> tuple[float, Floats]:
+        """Return the mean of -log q for the labels, and the gradient in the weights."""
         mixed_log_p = weights[0] * log_p[:, 0] + weights[1] * log_p[:, 1]
-        log_q = mixed_log_p - np.logaddexp.reduce(mixed_log_p, axis=1, keepdims=True)
+        log_norm = np.logaddexp.reduce(mixed_log_p, axis=1, keepdims=True)
+        log_q = mixed_log_p - log_norm
         q = np.exp(log_q)
         expected_log_p = np.einsum("nk,nmk->nm", q, log_p)
         gradient = (expected_log_p - log_p_of_label).mean(axis=0)
-        return float(-log_q[rows, label].mean()), gradient
+        mean_loss = float(-log_q[rows, label].mean())
+        return mean_loss, gradient
 
     start = np.array([0.5, 0.5])
     optimum = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * 2)
@@ -273,17 +281,17 @@ class ProbeAndZeroShot(ClassRegression):
 
         u = 1 - q_t̂, with log q = a log p_zero_shot + w log p_probe - const
 
-    t̂ is the answer. Each of five folds is held out once, and a and w are the weights of at least 0
-    that make the held-out labels most likely. If every class has one label, no row can be held out,
-    and a = w = 1/2. The probe's probabilities are at least 1e-6. Otherwise a class without labels
-    would have the probability 0.
+    t̂ is the answer. Each of five folds is held out once. a and w are not negative, and make the
+    held-out labels most likely. If every class has one label, no row can be held out, and
+    a = w = 1/2. The probe's probabilities are at least 1e-6. Otherwise a class without labels would
+    have the probability 0.
 
     Args:
         C: Inverse strength of the probe's L2 penalty, as in scikit-learn.
         max_iter: Maximum number of L-BFGS steps for the probe.
         max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
-    Source: this project, as the plainest way to have both.
+    Source: this project, as the plainest way to use both.
 
     Examples:
         >>> import numpy as np, vilu
@@ -328,7 +336,7 @@ class ProbeAndZeroShot(ClassRegression):
         posteriors_and_labels = held_out_posteriors(rows, self.seed, log_posteriors)
         if posteriors_and_labels is not None:
             log_p, label = posteriors_and_labels
-            log_p_by_row = log_p.transpose(0, 1)
+            log_p_by_row = log_p.transpose(0, 1)  # (N, 2, K): zero-shot and probe
             weights = fit_mix_weights(log_p_by_row.numpy(), label.numpy())
         weight, bias = fit_regression(rows.image, rows.label, rows.n_classes, self.C, self.max_iter)
         tensors = {
@@ -354,7 +362,7 @@ class ProbeAndZeroShot(ClassRegression):
 class AddedToZeroShot(ClosedSet):
     """A method that adds logits, learned from labelled images, to the zero-shot logits.
 
-    u = 1 - q_t̂ with q = softmax(l + added)
+    u = 1 - q_t̂, with q = softmax(l + added). l are the zero-shot logits, and t̂ is the answer.
     """
 
     is_probability: ClassVar[bool] = True
@@ -384,22 +392,24 @@ class GDAAndZeroShot(AddedToZeroShot):
         u = 1 - q_t̂, with q = softmax(l + alpha (W z + b))
         W = M S, b_c = -1/2 m_c S m_c
 
-    M (K, D) has the class means m_c. All classes together have the precision S = D ((N - 1) C +
-    tr(C) I)^-1. C is the covariance (divisor N - 1) of N images around the class means (Kubokawa
-    and Srivastava 2008). Class priors are equal.
+    l are the zero-shot logits of the image z, and t̂ is the answer. M (K, D) has the class means
+    m_c. C is the covariance (divisor N - 1) of the N labelled images around the class means. All
+    classes share the precision S = D ((N - 1) C + tr(C) I)^-1 (Kubokawa and Srivastava 2008). Class
+    priors are equal.
 
-    alpha is the value of ``grid`` that gives the most right answers to held-out rows (five folds).
-    With one label per class, C is zero and nothing is added. The original work uses augmented
-    images then.
+    alpha is the value in ``grid`` that gives the most right answers to held-out rows (five folds).
+    With one label per class, C is zero and nothing is added. The original work then uses augmented
+    images.
 
     Args:
-        grid: The values of alpha to choose from. The default is the value in the released code.
+        grid: The values of alpha to choose from. The default values are from the released code.
         max_bank: Maximum number of training images. If there are more, ``seed`` draws a sample.
 
     Source: Wang et al., "A Hard-to-Beat Baseline for Training-free CLIP-based Adaptation", ICLR
     2024, and its code (mrflogs/ICLR24). The original takes the alpha with the best accuracy on a
-    validation set. The code augments images in several epochs. Here each image is embedded once. A
-    class without images has the mean over all images, where the original has no number.
+    validation set. The code augments images in several epochs. Here each image is embedded once.
+    Here a class without images gets the mean over all images. In the original this class mean is
+    undefined.
 
     Examples:
         >>> import numpy as np, vilu
@@ -459,7 +469,7 @@ class GDAAndZeroShot(AddedToZeroShot):
 
 
 def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
-    """Compute W (K, D) and b (K,) for ``GDAAndZeroShot``."""
+    """Compute W (K, D) and b (K,), which ``GDAAndZeroShot`` defines."""
     image = rows.image.double()
     dim = image.shape[1]
     count = torch.bincount(rows.label, minlength=rows.n_classes)
@@ -469,15 +479,15 @@ def gaussian_discriminants(rows: LabelledImages) -> tuple[Tensor, Tensor]:
     mean[count == 0] = image.mean(dim=0)  # a class without images has the mean over all images
     centred = image - mean[rows.label]
     n = len(image)
-    scatter = centred.T @ centred  # (n - 1) times the covariance within classes
-    trace = float(scatter.trace()) / max(n - 1, 1)
-    if trace <= MIN_VARIANCE:
+    scatter = centred.T @ centred  # (n - 1) C, with C the covariance within classes
+    trace = float(scatter.trace()) / max(n - 1, 1)  # tr(C)
+    if trace <= MIN_VARIANCE:  # all images equal their class mean: nothing is added
         return torch.zeros_like(mean), torch.zeros(rows.n_classes, dtype=torch.float64)
-    # inverse of the covariance, with the trace as ridge
     ridge = trace * torch.eye(dim, dtype=torch.float64)
-    precision = dim * torch.linalg.inv(scatter + ridge)
+    precision = dim * torch.linalg.inv(scatter + ridge)  # S
     weight = mean @ precision
-    return weight, -(weight * mean).sum(dim=1) / 2
+    bias = -(weight * mean).sum(dim=1) / 2
+    return weight, bias
 
 
 MIN_VARIANCE = 1e-12
@@ -489,11 +499,12 @@ class TipAdapter(AddedToZeroShot):
     """Tip-Adapter without training: a cache of labelled images, added to the zero-shot logits.
 
         u = 1 - q_t̂, with q = softmax(l + alpha A)
-        A_c = sum over labelled images x of class c: exp(-beta (1 - z x))
+        A_c = sum over labelled images x of class c: exp(-beta (1 - z^T x))
 
-    (alpha, beta) is the pair from ``alphas`` and ``betas`` that gives the most right answers to
-    held-out rows (five folds). If no row can be held out, because every class has one label, the
-    pair is (1, 5.5), as in the paper.
+    l are the zero-shot logits of the image z, and t̂ is the answer. alpha is in ``alphas`` and beta
+    is in ``betas``. The chosen pair (alpha, beta) gives the most right answers to held-out rows
+    (five folds). If every class has one label, no row can be held out, and the pair is (1, 5.5), as
+    in the paper.
 
     Args:
         alphas: The values of alpha to choose from.
@@ -521,7 +532,8 @@ class TipAdapter(AddedToZeroShot):
     reference: ClassVar[str] = "Zhang et al., ECCV 2022"
     cost: ClassVar[str] = "fit: products of the labelled images; score: one product with them"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits", "image"})
-    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor.
+    # iN<K: integers (N,) from 0 to K - 1.
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K shape:d2"
 
     alphas: Grid = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -549,7 +561,7 @@ class TipAdapter(AddedToZeroShot):
             ]
             return torch.stack(log_p_by_pair)
 
-        # the paper's values, if no row can be held out
+        # the paper's values, used if no row can be held out
         alpha = 1.0
         beta = 5.5
         best_index = most_accurate_index(rows, self.seed, log_posteriors)
@@ -569,8 +581,8 @@ class TipAdapter(AddedToZeroShot):
         class_of_candidate = classes.to(device)
         bank = self.tensor("bank", device)
         label = self.tensor("labels", device)
-        shape = self.tensor("shape", device)
-        alpha, beta = shape.tolist()
+        alpha_and_beta = self.tensor("shape", device)
+        alpha, beta = alpha_and_beta.tolist()
         n_classes = len(self.learned_[CLASSES])
         logits = cache_logits(batch.image, bank, label, beta, n_classes)
         added: Tensor = alpha * logits[:, class_of_candidate]
@@ -579,7 +591,8 @@ class TipAdapter(AddedToZeroShot):
 
 def cache_logits(image: Tensor, bank: Tensor, label: Tensor, beta: float, n_classes: int) -> Tensor:
     """Compute ``TipAdapter``'s A (B, K), float64, from images (B, D) and a labelled bank (M, D)."""
-    affinity = torch.exp(-beta * (1 - float64(image) @ float64(bank).T))
+    cosines = float64(image) @ float64(bank).T
+    affinity = torch.exp(-beta * (1 - cosines))
     logits = affinity.new_zeros(len(image), n_classes)
     logits.index_add_(1, label, affinity)
     return logits

@@ -1,4 +1,4 @@
-"""ICPE: the zero-shot probability averaged with the density of the predicted class."""
+"""ICPE: mean between the zero-shot probability and the predicted class's share in the density."""
 
 from __future__ import annotations
 
@@ -28,18 +28,21 @@ class ICPE(ClassDensity):
 
     u = 1 - (p_max + s_d) / 2, with s_d = N_t̂(x) / sum_c N_c(x).
 
-    N_c is the Gaussian for class c. Its mean and sample covariance (divisor n_c - 1) are from the
-    training images in the class, with ``ridge`` added to the diagonal. All images are projected
-    on the training set's first principal components. x is the image encoder's output P phi
-    *before* normalisation, computed from the columns ``features`` and ``image_projection``. If the
-    data do not have both columns, x is the unit-norm embedding. With such an x the method is not
-    ICPE, and the label in the results says so.
+    p_max is the zero-shot probability of the answer t̂. N_c is the Gaussian for class c. Its mean
+    and sample covariance (divisor n_c - 1) are from the n_c training images in the class, with
+    ``ridge`` added to the diagonal. All images are projected on the training set's first principal
+    components.
+
+    x is the image encoder's output P phi *before* normalisation, computed from the columns
+    ``features`` and ``image_projection``. If the data do not have both columns, x is the unit-norm
+    embedding. Then the method is not ICPE, and the label in the results says so.
 
     Args:
         features: Whether to compute x from the two columns, if the data have both.
-        components: Maximum number of principal components. The image count is a limit, too.
-        ridge: Added to the diagonal of every covariance. The smallest ridge used is the largest
-            mean variance times 1e-11.
+        components: Maximum number of principal components. With n training images there are at
+            most n - 1.
+        ridge: Number added to the diagonal of every covariance. It is at least 1e-11 times the
+            largest mean variance in a covariance.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, ridge
     1e-8, float64 densities. This implementation also defines cases that the notebook leaves
@@ -55,9 +58,9 @@ class ICPE(ClassDensity):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], text)  # at 16 and 37 degrees
-        >>> # the second image is answered 0, but lies in the density of class 1: s_d = 0
+        >>> # at 37 degrees the answer is 0, but only class 1 has density there: s_d = 0
         >>> vilu.PREDICTORS["icpe"]().fit(train).predict_uncertainty(new).round(3)
         array([0.015, 0.5  ])
     """
@@ -83,7 +86,7 @@ class ICPE(ClassDensity):
         return f"{self.name} (unit norm)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Return the two columns, if ``features`` is set and ``train`` has both, else none."""
+        """Return both columns if ``features`` is set and ``train`` has both, else no column."""
         has_columns = train.columns.issuperset(self.optional_columns)
         if self.features and has_columns:
             return self.optional_columns
@@ -123,12 +126,14 @@ class ICPE(ClassDensity):
 
 def outputs_before_norm(batch: Batch) -> Tensor:
     """Compute the image encoder's outputs (B, D) before normalisation, float64."""
+    # this call also checks both columns. Its outputs are computed again, in float64
     phi, _ = run_last_layer(batch, "features", "image_projection", batch.image)
-    return float64(phi) @ float64(batch.columns["image_projection"]).T
+    projection = float64(batch.columns["image_projection"])
+    return float64(phi) @ projection.T
 
 
 def blocks_of_outputs(train: Rows) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows: a slice, and the outputs (b, D) before normalisation."""
+    """Yield blocks: positions among the rows (a slice), and outputs before normalisation (b, D)."""
     start = 0
     for batch in train.batches(SCORING_BATCH):
         stop = start + len(batch.index)

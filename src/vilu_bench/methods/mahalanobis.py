@@ -24,35 +24,36 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 
 def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
-    """Estimate the shrunk covariance (D, D) of the images around class means (K, D).
+    """Estimate the shrunk covariance (D, D) of M images around the class means (K, D).
 
     The Ledoit-Wolf estimate is multiplied by M / (M - number of classes with images), because the
-    class means were estimated from the same M images. Return None if no class has two
-    different images.
+    class means come from the same M images. Return None if no class has two different images.
     """
     scatter_matrix, fourth_power_sum = scatter_within_classes(train, label, mean)
     n = len(label)
     n_means = len(label.unique())
     has_spread = float(scatter_matrix.trace()) > NEGLIGIBLE_VARIANCE * n
-    if n == n_means or not has_spread:
+    has_one_image_per_class = n == n_means
+    if has_one_image_per_class or not has_spread:
         return None
     bias_correction = n / (n - n_means)
     return ledoit_wolf(scatter_matrix, fourth_power_sum, n) * bias_correction
 
 
 def spherical_covariance(train: Rows) -> Tensor:
-    """Return the identity (D, D) times the variance per coordinate, averaged over coordinates.
+    """Return the identity (D, D) times the mean variance of a coordinate.
 
-    The variance is computed from all images. If this variance is zero, the result is the identity.
+    The variances are over all images. If the mean variance is zero, the result is the identity.
     """
-    one_label = torch.zeros_like(train.index)
+    one_label = torch.zeros_like(train.index)  # all images in one class
     mean, _ = class_means(train, one_label, n_classes=1)
     scatter_matrix, _ = scatter_within_classes(train, one_label, mean)
     dim = len(scatter_matrix)
     degrees_of_freedom = max(len(one_label) - 1, 1)
     variance = float(scatter_matrix.trace()) / (degrees_of_freedom * dim)
-    scale = variance if variance > NEGLIGIBLE_VARIANCE else 1.0
-    return torch.eye(dim, dtype=torch.float64) * scale
+    if variance <= NEGLIGIBLE_VARIANCE:
+        variance = 1.0
+    return torch.eye(dim, dtype=torch.float64) * variance
 
 
 def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tensor:
@@ -71,13 +72,15 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tens
     covariance = scatter_matrix / n
     d = len(covariance)
     variance = covariance.trace() / d
-    squares = covariance.square().sum()
-    dispersion = squares - d * variance**2
-    error = (fourth_power_sum / n - squares) / n
-    shrinkage = torch.ones((), dtype=torch.float32)
+    target = variance * torch.eye(d, dtype=torch.float64)
+    squared_norm = covariance.square().sum()
+    # squared distance between the covariance and the target
+    dispersion = squared_norm - d * variance**2
+    # estimated mean squared error of the covariance
+    error = (fourth_power_sum / n - squared_norm) / n
+    shrinkage = torch.ones((), dtype=torch.float64)
     if float(dispersion) > 0:
         shrinkage = (error / dispersion).clamp(0, 1)
-    target = variance * torch.eye(d, dtype=torch.float64)
     return (1 - shrinkage) * covariance + shrinkage * target
 
 
@@ -85,24 +88,22 @@ def ledoit_wolf(scatter_matrix: Tensor, fourth_power_sum: float, n: int) -> Tens
 class Mahalanobis(ClosedSet):
     """Squared Mahalanobis distance to the predicted class's mean.
 
-    All classes share one covariance.
+    z is the image, and t̂ is the predicted class. Without ``relative``,
 
-    Without ``relative``,
+        u = (z - mu_t̂)^T S^-1 (z - mu_t̂).
 
-        u = (z - mu_t̂)^T S^-1 (z - mu_t̂),
-
-    with S the covariance of the images around the class means. With ``relative``,
-    (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are the mean and the covariance over
-    all training images.
+    mu_t̂ is the class mean. All classes share S, the covariance of the training images around the
+    class means. With ``relative``, (z - mu)^T S_0^-1 (z - mu) is subtracted, where mu and S_0 are
+    the mean and the covariance over all training images.
 
     S and S_0 are Ledoit-Wolf estimates. A shrunk covariance also works with fewer images than
     coordinates, where the plain covariance is singular. If no class has two different images, S is
-    replaced by a coordinate's mean variance times the identity. A class without training
-    images has the mean mu.
+    the identity times the mean variance of a coordinate. A class without training images has the
+    mean mu.
 
     Args:
-        relative: Whether to subtract the distance to all training images. This distance measures
-            how unusual an image is.
+        relative: Whether to subtract the distance to the distribution over all training images.
+            This distance measures how unusual an image is.
 
     Source: Lee et al., NeurIPS 2018, and for ``relative``, Ren et al., 2021. In these papers the
     distance is to the nearest class. Here the distance to the predicted class is used, because the
@@ -112,7 +113,7 @@ class Mahalanobis(ClosedSet):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> # the class means are at 0 and 60 degrees
         >>> vilu.PREDICTORS["mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
@@ -138,7 +139,7 @@ class Mahalanobis(ClosedSet):
         label = class_labels(train)
         learned = fit_gaussian(train, label, train.source.n_candidates)
         if self.relative:
-            one_label = torch.zeros_like(label)
+            one_label = torch.zeros_like(label)  # all images in one class
             global_gaussian = fit_gaussian(train, one_label, n_classes=1)
             learned["global_mean"] = global_gaussian["means"]
             learned["global_whitener"] = global_gaussian["whitener"]
@@ -147,7 +148,9 @@ class Mahalanobis(ClosedSet):
 
     def tensor_names(self) -> tuple[str, ...]:
         """Return the fitted tensors' names. The two global tensors exist only with ``relative``."""
-        return self.tensors if self.relative else self.tensors[:3]
+        if self.relative:
+            return self.tensors
+        return self.tensors[:-2]  # without the global tensors, which are the last two in ``_forms``
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
@@ -167,16 +170,16 @@ class Mahalanobis(ClosedSet):
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` with ``relative``: the distance to all images is subtracted.
+    """``Mahalanobis`` with ``relative``: the distance to all training images is subtracted.
 
-    The score is large if the distribution over all training images fits an image better than the
-    predicted class's distribution.
+    The score is large if the predicted class's distribution fits an image worse than the
+    distribution over all training images.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
         >>> vilu.PREDICTORS["relative_mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
         array([ 0.22, -0.49])

@@ -36,7 +36,8 @@ class LabelledBank(ClosedSet):
     """A method that stores training images (the bank) and the images' classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor
+    # name, type (f float32, d float64, i int64, ? bool) and sizes for each learned tensor.
+    # iN<K: integers (N,) from 0 to K - 1.
     _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
 
     max_bank: Count = 100_000
@@ -47,14 +48,15 @@ class LabelledBank(ClosedSet):
         failure: Tensor,  # noqa: ARG002
         validation: EmbeddingSource | None,  # noqa: ARG002
     ) -> Learnt:
-        bank_rows, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = self._choose_images(read_images(bank_rows), class_labels(bank_rows))
+        drawn_rows, _ = draw_rows(train, self.max_bank, self.seed)
+        drawn_images = read_images(drawn_rows)
+        bank, label = self._choose_images(drawn_images, class_labels(drawn_rows))
         text = class_texts(train)
         tensors = {"bank": bank, "labels": label, CLASSES: text}
         return Learnt(tensors, {"n_bank": len(bank)})
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose images in ``bank`` (N, D) to keep, with their classes, by default all images."""
+        """Return the images in ``bank`` (N, D) to keep, and their classes. By default keep all."""
         return bank, label
 
 
@@ -64,10 +66,13 @@ class KNNVote(LabelledBank):
 
     u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i
 
-    The weight w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is at least 1e-6. If the predicted
-    class has no training images, u = 1. If there are fewer than k training images, all training
-    images vote. A uniform vote is then the same for all images with the same answer. Uniform votes
-    have only k + 1 possible values, so many images tie.
+    Neighbour i is the training image z_i in class y_i, and t̂ is the predicted class. The weight
+    w_i is 1 or (1 + cos(z, z_i)) / 2, where 1 + cos is taken as at least 1e-6. If the predicted
+    class has no training images, u = 1. If there are fewer than k training images, all of them
+    vote.
+
+    With weights of 1, u has only k + 1 possible values, so many images tie. If all training images
+    vote with weights of 1, u is the same for all images with the same answer.
 
     Args:
         k: Number of neighbours.
@@ -80,9 +85,9 @@ class KNNVote(LabelledBank):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # answer 0 has neighbours of the classes 0 and 1, answer 1 two neighbours of class 1
+        >>> # for answer 0 one of two neighbours has another class, for answer 1 neither
         >>> vilu.PREDICTORS["knn_vote"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.5, 0. ])
     """
@@ -102,16 +107,17 @@ class KNNVote(LabelledBank):
         weight = torch.ones_like(similarity)
         if self.weighting == "similarity":
             weight = (1 + similarity).clamp(min=TINY) / 2
-        return (weight * is_other_class).sum(dim=1) / weight.sum(dim=1)
+        weight_of_others = (weight * is_other_class).sum(dim=1)
+        return weight_of_others / weight.sum(dim=1)
 
 
 @dataclasses.dataclass
 class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
-    The distance measures how unusual an image is. u does not depend on the candidates or the
-    answer. No class labels are used, so the method also works on captions. If there are fewer than
-    k training images, u is the distance to the farthest training image.
+    The distance measures how unusual an image is. u depends only on the image, not on the
+    candidates or the answer. The fit uses no class labels, so the method also works on captions. If
+    there are fewer than k training images, u is the distance to the farthest training image.
 
     Args:
         k: Rank of the neighbour. 1 is the nearest.
@@ -123,9 +129,9 @@ class KNNDistance(FailurePredictor):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], text)  # at 16 and 90 degrees
-        >>> # the second new image is in the training set
+        >>> # the image at 90 degrees is also a training image
         >>> vilu.PREDICTORS["knn_distance"](k=1).fit(train).predict_uncertainty(new).round(2)
         array([0.28, 0.  ])
     """
@@ -156,38 +162,40 @@ class KNNDistance(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         similarity, _ = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
-        farthest_of_k = similarity[:, -1]
-        return distance_of_cosine(farthest_of_k)
+        cosine_of_kth = similarity[:, -1]  # the cosines are descending
+        return distance_of_cosine(cosine_of_kth)
 
 
 @dataclasses.dataclass
 class TRINE(LabelledBank):
     """TRINE: the predicted class's margin in a weighted vote by the nearest training images.
 
-    Neighbour r = 0 ... k-1 in class y_r has the weight w_r, class c has the support S_c:
+    The neighbours z_r have the ranks r = 0 ... k-1 and the classes y_r. z_t̂ is the text of the
+    predicted class t̂, and z_{t_{y_r}} is the text of neighbour r's class. Neighbour r has the
+    weight w_r, and class c has the support S_c:
 
         w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
         S_c = sum_{r: y_r = c} w_r / sum_r w_r,
         u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
 
     A class without training images has the support 0, so u > 1 if this class is the answer. If
-    there are fewer than k training images, all training images vote. 1 + cos is at least 1e-6, so
-    that no ratio is 0 / 0, even for opposite texts.
+    there are fewer than k training images, all training images vote. 1 + cos is taken as at least
+    1e-6. So no ratio is 0 / 0, even for opposite texts.
 
     Args:
         k: Number of neighbours.
         decay: Rate at which a neighbour's weight decays with the neighbour's rank r.
 
-    Source: the support margin in the repository sgchr273/TRINE (2026). One difference: a bank
-    smaller than k is refused in the repository. Here the whole bank is used.
+    Source: the support margin in the repository sgchr273/TRINE (2026). The repository refuses a
+    bank with fewer than k images. Here the whole bank is used.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # answer 0 has neighbours of the classes 0 and 1, answer 1 two neighbours of class 1
+        >>> # for answer 0 one of two neighbours has another class, for answer 1 neither
         >>> vilu.PREDICTORS["trine"](k=2).fit(train).predict_uncertainty(new).round(2)
         array([0.62, 0.  ])
     """
@@ -206,6 +214,7 @@ class TRINE(LabelledBank):
         similarity, index = nearest_in_bank(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]  # (B, k) the neighbours' classes
         text = self.tensor("classes", index.device)
+        # (B, k) cosines between the answer's text and the texts of the neighbours' classes
         text_similarity = (text[answer] @ text.T).gather(1, label)
         n_neighbours = similarity.shape[1]
         rank = torch.arange(n_neighbours, dtype=torch.float32, device=index.device)
@@ -220,7 +229,7 @@ class TRINE(LabelledBank):
             support.scatter_add_(1, label[:, neighbour], weight[:, neighbour])
         support = support / weight.sum(dim=1, keepdim=True)
         support_of_answer = support.gather(1, answer[:, None]).squeeze(1)
-        # the largest support for another class: with -1 the answer itself is never the largest
+        # the answer is no rival: its support is replaced by -1, which is never the largest
         support_of_rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
         return 1 - (support_of_answer - support_of_rival)
 
@@ -231,15 +240,16 @@ class TrustScore(LabelledBank):
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6)
 
-    d(z, H) is the Euclidean distance from z to the nearest image in H, between unit vectors. H_c
-    are the training images in class c, without the share ``alpha`` in the sparsest regions of the
-    class. An image is in a sparse region if the k-th nearest image in the same class is far. The
-    image itself counts as the first. The distance to a class without images is 2, the largest
-    possible distance.
+    t̂ is the predicted class. d(z, H) is the Euclidean distance from z to the nearest image in H,
+    between unit vectors. H_c are the training images in class c, without the share ``alpha`` of
+    images in the sparsest regions. An image is in a sparse region if the k-th nearest image in the
+    same class is far. The image itself counts as the first. The distance to a class without images
+    is 2, the largest possible distance.
 
     Args:
         alpha: Share of each class to leave out. 0: no image is left out.
-        k: Sparsity is the distance to the neighbour with this rank, at most the size of the class.
+        k: Rank of the neighbour whose distance measures sparsity. In a class with fewer images, it
+            is the farthest image.
 
     Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2, with alpha = 0 and k = 10 as in the
     released code. As in the paper, distances are to the nearest image. The released code takes the
@@ -249,9 +259,9 @@ class TrustScore(LabelledBank):
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
         >>> text = np.eye(2)  # class 0 at 0 degrees, class 1 at 90 degrees
-        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the second answer is wrong
+        >>> train = vilu.Embeddings(image, text, target=[0, 1, 1, 1])  # the answer at 37 is wrong
         >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], text)  # at 16 and 74 degrees
-        >>> # distances to the classes 0 and 1 are 0.28 and 0.36 for the first image
+        >>> # the image at 16 degrees has the distances 0.28 to class 0 and 0.36 to class 1
         >>> vilu.PREDICTORS["trust_score"]().fit(train).predict_uncertainty(new).round(2)
         array([0.79, 0.24])
     """
@@ -268,7 +278,7 @@ class TrustScore(LabelledBank):
     k: Count = 10
 
     def _choose_images(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave out each class's images in the sparsest regions, a share ``alpha`` of the class."""
+        """Leave out the share ``alpha`` of each class that lies in the class's sparsest regions."""
         if self.alpha == 0:
             return bank, label
         dense_members = []
@@ -288,8 +298,8 @@ class TrustScore(LabelledBank):
         answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
 
-        # Both functions return a mask (queries, bank images) for the allowed pairs: a query and an
-        # image in the bank.
+        # Both functions return a mask (queries, bank images). It is true if the search may find
+        # the bank image for the query.
         def is_of_answer(queries: slice, bank_images: slice) -> Tensor:
             return answer[queries, None] == label[bank_images]
 
@@ -306,8 +316,8 @@ class TrustScore(LabelledBank):
         similarity, index = nearest_in_bank(image, bank, k=1, allowed_pairs=allowed_pairs)
         nearest_index = index[:, 0].cpu()
         nearest_image = bank[nearest_index].to(image.device)
-        # For near duplicates 2 - 2 cos loses all digits, so the distance is computed from the
-        # coordinates.
+        # the distance is computed from the coordinates, because for near duplicates the squared
+        # distance 2 - 2 cos loses all digits
         difference = normalize(image, dim=1) - nearest_image
         distance_to_nearest = torch.linalg.vector_norm(difference, dim=1)
         has_no_allowed_image = similarity[:, 0] == -math.inf

@@ -1,4 +1,7 @@
-"""Methods with a small network: PVU (uncertainty of the image alone) and LMN (a temperature)."""
+"""Methods with a small network.
+
+PVU predicts the VLM's loss from the image alone. LMN predicts a temperature for the logits.
+"""
 
 from __future__ import annotations
 
@@ -89,26 +92,31 @@ MIN_UNCERTAINTY = 1e-6  # smallest uncertainty from ``PVU``
 class PVU(NetworkPredictor):
     """Pretrained visual uncertainties: an image-only network trained on the VLM's own loss.
 
-    u = softplus(g(z_v)) + 1e-6. The score u predicts the VLM's loss L = -log p_target.
+    u = softplus(g(z_v)) + 1e-6
 
-    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. The only input is the image embedding.
+    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs. The only input is the image embedding z_v.
+    The score u predicts the VLM's loss L = -log p_target.
 
-    With loss="ranking" the network learns the order of the losses L. The training loss is the mean
-    of max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over consecutive pairs in a shuffled batch. If the
-    row count is odd, the last row is left out. With loss="mse" the network learns the values L, and
-    the training loss is the mean of (u - L)^2. The training set needs labels, but no failures. For
-    captions, L is computed within the drawn pool.
+    With loss="ranking" the network learns the order of the losses L. A shuffled batch is divided
+    into pairs of consecutive rows 1 and 2. The training loss is the mean of
+    max(0, 0.1 - sign(L_1 - L_2) (u_1 - u_2)) over the pairs. If the batch has an odd row count, the
+    last row is left out.
+
+    With loss="mse" the network learns the values L, and the training loss is the mean of (u - L)^2.
+
+    The training set needs labels, but no wrong answers. For captions, L is computed within the
+    drawn pool.
 
     Args:
         hidden: The MLP's hidden widths.
         loss: Training loss: "ranking" or "mse".
 
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. The paper pretrains on
-    ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training rows
-    for 1,400 to 6,000 steps. AdamW (learning rate 1e-3, betas 0.8 and 0.95, weight decay 1e-4) and
-    the cosine schedule are the paper's. Unit-norm embeddings are multiplied by sqrt(D), because the
-    coordinates are then as large as features. The losses L are float64. In float32, many rows with
-    nearly certain answers would tie.
+    ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training
+    rows, by default for 1,400 to 6,000 steps in 10 to 300 epochs. AdamW (learning rate 1e-3, betas
+    0.8 and 0.95, weight decay 1e-4) and the cosine schedule are the paper's. Unit-norm embeddings
+    are multiplied by sqrt(D), so that a coordinate's magnitude is about one. The losses L are
+    float64. In float32, many rows with nearly certain answers would tie.
 
     Examples:
         >>> import numpy as np, vilu
@@ -145,13 +153,14 @@ class PVU(NetworkPredictor):
         return ImageNetwork(space.embed_dim, self.hidden, self.seed)
 
     def graph(self) -> nn.Module:
-        """Make the score for export, without softplus, which onnxruntime lacks in float64."""
+        """Make the score for export. onnxruntime lacks softplus in float64, so it is replaced."""
         return Graph(self._score_without_softplus, self.network)
 
     def _score_without_softplus(self, batch: Batch) -> Tensor:
         network_output = self.network(batch)
         output = float64(network_output)
         zero = torch.zeros_like(output)
+        # softplus(x) = log(exp(x) + exp(0))
         return torch.logaddexp(output, zero) + MIN_UNCERTAINTY
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
@@ -182,19 +191,20 @@ class ImageNetwork(nn.Module):
 
 
 def ranking_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
-    """Average the hinge loss over consecutive pairs of rows.
+    """Average the hinge loss over pairs of consecutive rows.
 
-    The loss is zero if every pair's uncertainties (B,) are in the order of the VLM's losses
-    (B,), and at least 0.1 apart.
+    A pair's loss is zero if its uncertainties have the same order as the VLM's losses, and are at
+    least 0.1 apart. Both arguments are (B,).
     """
     n_pairs = len(vlm_loss) // 2
-    uncertainty_of_pair = uncertainty[: 2 * n_pairs].view(n_pairs, 2)
+    n_paired_rows = 2 * n_pairs
+    uncertainty_of_pair = uncertainty[:n_paired_rows].view(n_pairs, 2)
     u_1, u_2 = uncertainty_of_pair.unbind(dim=1)
-    loss_of_pair = vlm_loss[: 2 * n_pairs].view(n_pairs, 2)
+    loss_of_pair = vlm_loss[:n_paired_rows].view(n_pairs, 2)
     loss_1, loss_2 = loss_of_pair.unbind(dim=1)
     sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
     hinge = functional.relu(RANKING_MARGIN - sign * (u_1 - u_2))
-    return hinge.sum() / max(n_pairs, 1)
+    return hinge.sum() / max(n_pairs, 1)  # a batch with one row has no pairs
 
 
 def regression_loss(uncertainty: Tensor, vlm_loss: Tensor) -> Tensor:
@@ -207,25 +217,29 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ranking": ranking_loss,
     "mse": regression_loss,
 }
-"""Training losses for ``PVU`` by name. A loss takes the uncertainties and the VLM's losses."""
+"""Training losses for ``PVU``, by name.
+
+The arguments are the uncertainties (B,) and the VLM's losses (B,).
+"""
 
 
 MAX_LOG_TEMPERATURE = math.log(10.0)
-"""Largest |log T|. Therefore the temperatures of two rows differ at most by a factor of 100."""
+"""Largest |log T|. So the temperatures of two rows differ at most by a factor of 100."""
 
 MAX_GAP = 20.0
-"""Gaps to the largest logit are clipped to this many nats. A missing candidate has this gap."""
+"""Largest gap to the largest logit, in nats. A missing gap has this value, too."""
 
 
 @dataclasses.dataclass
 class LMN(NetworkPredictor):
-    """Lightweight meta-network: MCM with a temperature T(x) > 0 per row, from a network.
+    """Lightweight meta-network (LMN): a network computes a temperature T(x) > 0 for every row x.
 
-    u = 1 - max_j softmax_j(l / T(x)). The temperature never changes the answer.
+    u = 1 - max_j softmax_j(l / T(x)), as in MCM, with l the logits. T(x) never changes the answer.
 
     log T is the output of an MLP with 16 hidden units (about 17,000 parameters at D = 512). The
-    inputs are the gaps between the largest logit and the next logits, z_v and z_t̂. With
-    p = softmax(l / T) and s = max_j p_j, a row has the training loss
+    inputs are the image embedding z_v, the answer's text embedding z_t̂, and the gaps between the
+    largest logit and the next largest logits. With p = softmax(l / T) and s = max_j p_j, a row has
+    the training loss
 
         balance * [1 - psi(s) - log s]                  if the answer is right,
         (1 - balance) * [psi(s) + KL(uniform || p)]     if it is wrong,
@@ -236,16 +250,16 @@ class LMN(NetworkPredictor):
 
     Args:
         hidden: The MLP's hidden widths.
-        n_logits: Number of the largest logits that are inputs.
-        balance: Weight beta for the right answers.
+        n_logits: Number of logits, the largest ones, from which the gaps are computed.
+        balance: Weight of the loss for right answers.
         steepness: The divisor in psi. With a large value, psi(s) is nearly s, as in ordinary
             calibration.
 
     Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in
-    VLMs", ICLR 2026. In the paper all K logits are inputs, so K and the class order are
-    fixed. Here the inputs are the sorted gaps of the ``n_logits`` largest logits, at most 20 nats
-    each. If there are fewer candidates, the missing gaps are 20 nats. Here the last layer starts at
-    zero, so the scores before training are MCM's scores. Here |log T| is at most log 10.
+    VLMs", ICLR 2026. There are three differences. In the paper all K logits are inputs, so K and
+    the class order are fixed. Here the inputs are gaps, sorted, and at most 20 nats each. If there
+    are fewer than ``n_logits`` candidates, the missing gaps are 20 nats. Here the last layer starts
+    at zero, so the scores before training are MCM's scores. Here |log T| is at most log 10.
 
     Examples:
         >>> import numpy as np, vilu
@@ -256,7 +270,7 @@ class LMN(NetworkPredictor):
         >>> train = vilu.Embeddings(image, text, target=target, logit_scale=10.0)
         >>> new_image = [[0.8, 0.6], [0.6, 0.8]]  # at 37 and 53 degrees
         >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)
-        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from the boundary
+        >>> vilu.MCM().predict_uncertainty(new).round(2)  # both are 8 degrees from 45 degrees
         array([0.12, 0.12])
         >>> method = vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01)
         >>> method.fit(train).predict_uncertainty(new).round(1)  # image 2 is near wrong answers
@@ -295,7 +309,7 @@ class LMN(NetworkPredictor):
         return MetaNetwork(space.embed_dim, self.hidden, self.n_logits, self.seed)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        inverse_temperature = torch.exp(-output)[:, None]
+        inverse_temperature = torch.exp(-output)[:, None]  # the output is log T
         log_p = torch.log_softmax(batch.logits * inverse_temperature, dim=-1)
         log_s = log_p.amax(dim=-1)
         s = log_s.exp()
@@ -314,7 +328,7 @@ class LMN(NetworkPredictor):
         temperature = float64(log_temperature).exp()
         log_p = log_posterior(batch, temperature[:, None])
         largest_log_p = log_p.amax(dim=-1)
-        return -torch.expm1(largest_log_p)
+        return -torch.expm1(largest_log_p)  # 1 - p, precise also for p near 1
 
 
 class MetaNetwork(nn.Module):
@@ -324,10 +338,13 @@ class MetaNetwork(nn.Module):
         super().__init__()
         self.n_logits = n_logits
         self.scale = math.sqrt(dim)
-        self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1], seed)
+        n_gaps = n_logits - 1
+        n_inputs = n_gaps + 2 * dim  # the gaps, the image and the answer's text
+        self.layers = perceptron([n_inputs, *hidden, 1], seed)
         last_layer = self.layers[-1]
+        # before training the output is 0, so T = 1 for every row
         for parameter in last_layer.parameters():
-            nn.init.zeros_(parameter)  # T = 1 for every row, before training
+            nn.init.zeros_(parameter)
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logarithms of the temperatures (B,), float32."""
@@ -339,31 +356,35 @@ class MetaNetwork(nn.Module):
         ]
         joint_input = torch.cat(inputs, dim=1)
         output: Tensor = self.layers(joint_input).squeeze(-1)
+        # bounds |log T|, and hardly changes small outputs
         return MAX_LOG_TEMPERATURE * torch.tanh(output / MAX_LOG_TEMPERATURE)
 
 
 def logit_gaps(logits: Tensor, n_logits: int) -> Tensor:
-    """Sort the gaps (B, n - 1) between the largest of the logits (B, K) and the next n - 1.
+    """Compute the gaps between a row's largest logit and the next n - 1 logits, ascending.
 
-    The unit is 20 nats, and a gap is at most one unit. If K < n, the missing gaps are one unit.
+    The logits are (B, K), the gaps are (B, n - 1), and n is ``n_logits``. The unit is 20 nats. A
+    gap is at most one unit, and if K < n, the missing gaps are one unit.
     """
     n_present = min(n_logits, logits.shape[1])
     descending = logits.topk(n_present, dim=-1).values
-    gaps = ((descending[:, :1] - descending[:, 1:]) / MAX_GAP).clamp(max=1)
+    largest = descending[:, :1]
+    gaps_in_nats = largest - descending[:, 1:]
+    gaps = (gaps_in_nats / MAX_GAP).clamp(max=1)
     n_missing = n_logits - n_present
     return functional.pad(gaps, (0, n_missing), value=1.0)
 
 
 def target_curve(confidence: Tensor, steepness: float) -> Tensor:
-    """Compute the sigmoid of (confidence - 1/2) / steepness, rescaled to map 0 to 0 and 1 to 1.
+    """Compute psi in ``LMN``: a sigmoid curve from 0 at confidence 0 to 1 at confidence 1.
 
-    This curve is psi in ``LMN``. With s the confidence and lambda the steepness, the curve is
-    computed as
+    The curve is the sigmoid of (s - 1/2) / lambda, rescaled, with s the confidence and lambda the
+    steepness. It is computed as
 
         (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2,
 
     because this form does not overflow for any lambda.
     """
     curve = torch.tanh((confidence - 0.5) / (2 * steepness))
-    largest = math.tanh(1 / (4 * steepness))
-    return (1 + curve / largest) / 2
+    curve_at_one = math.tanh(1 / (4 * steepness))
+    return (1 + curve / curve_at_one) / 2

@@ -21,13 +21,14 @@ from vilu.predictors.vilu.head import Count, NonNegative
 from vilu_bench.methods.networks import NetworkPredictor
 
 MIN_DEVIATION = 1e-6
-"""A loss clips |x - mean| / alpha to this value. At 0 the gradient is unbounded if beta < 1."""
+"""Smallest |x - mean| / alpha in a loss. At 0 the gradient would be unbounded if beta < 1."""
 
 
 class GeneralisedGaussian(NamedTuple):
-    """Distribution for a tensor of independent generalised Gaussians.
+    """Distribution of a tensor whose entries are independent generalised Gaussians.
 
-    An entry has the density beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
+    An entry x has the density beta / (2 alpha Gamma(1/beta)) exp(-(|x - mean| / alpha)^beta).
+    alpha is the scale, and beta is the shape.
 
     beta = 1 is the Laplace distribution with scale alpha. beta = 2 is the Gaussian with variance
     alpha² / 2.
@@ -64,7 +65,10 @@ class GeneralisedGaussian(NamedTuple):
 
     def index_all(self, index: slice | tuple[slice | None, ...]) -> GeneralisedGaussian:
         """Apply an index to all three tensors. A None in the index adds an axis."""
-        return GeneralisedGaussian(self.mean[index], self.inverse_scale[index], self.shape[index])
+        mean = self.mean[index]
+        inverse_scale = self.inverse_scale[index]
+        shape = self.shape[index]
+        return GeneralisedGaussian(mean, inverse_scale, shape)
 
 
 MIN_INVERSE_SCALE = 1e-3
@@ -77,14 +81,15 @@ MAX_SHAPE = 5.0  # largest beta
 
 
 class ProbabilisticAdapter(nn.Module):
-    """ProbVLM's network, which turns an embedding z into a distribution over embeddings.
+    """ProbVLM's network, which turns an embedding z (D,) into a distribution over embeddings.
 
-    x = z sqrt(D) and y = x + MLP(x). Three heads on y compute the mean, 1 / alpha and beta. There
-    is an adapter for images and an adapter for texts.
+    x = z sqrt(D) and y = x + MLP(x). Three heads on y compute the mean, 1 / alpha and beta. The MLP
+    has three layers, and each head has two. There is an adapter for images and an adapter for
+    texts.
 
     A coordinate of a unit vector has magnitude 1 / sqrt(D). A coordinate times sqrt(D) has
-    magnitude one, so the start of the training does not depend on D. The distribution is over
-    embeddings times sqrt(D). The MLP has three layers, and each head has two.
+    magnitude one, so the start of the training does not depend on D. The distribution is also over
+    embeddings times sqrt(D).
     """
 
     def __init__(self, dim: int, width: int, generator: torch.Generator) -> None:
@@ -98,7 +103,7 @@ class ProbabilisticAdapter(nn.Module):
         self.shape = two_layers(dim, generator)
 
     def forward(self, embedding: Tensor, masks: Sequence[Tensor] = ()) -> GeneralisedGaussian:
-        """Compute an embedding's distribution, over embeddings (..., D) times sqrt(D).
+        """Compute a distribution from every embedding. It is over embeddings times sqrt(D).
 
         Args:
             embedding: (..., D) unit-norm rows.
@@ -113,7 +118,7 @@ class ProbabilisticAdapter(nn.Module):
         y = x + self.out(y)
         inverse_scale = functional.softplus(self.inverse_scale(y))
         inverse_scale = inverse_scale.clamp(MIN_INVERSE_SCALE, MAX_INVERSE_SCALE)
-        position = torch.sigmoid(self.shape(y))  # 0 is the smallest beta, 1 the largest
+        position = torch.sigmoid(self.shape(y))  # 0 gives the smallest beta, 1 the largest
         shape = MIN_SHAPE + (MAX_SHAPE - MIN_SHAPE) * position
         mean = self.mean(y)
         return GeneralisedGaussian(mean, inverse_scale, shape)
@@ -128,7 +133,7 @@ def two_layers(dim: int, generator: torch.Generator) -> nn.Sequential:
 
 
 def times_root_of_width(embedding: Tensor) -> Tensor:
-    """Multiply embeddings (..., D) by sqrt(D), as the distributions describe them."""
+    """Multiply embeddings (..., D) by sqrt(D). The distributions are over these products."""
     return embedding * math.sqrt(embedding.shape[-1])
 
 
@@ -146,36 +151,38 @@ def dropout_masks(
 
 
 MAX_BLOCK_ENTRIES = 1 << 24
-"""Maximum size for an array (rows, candidates, dimensions) in the cross-modal loss, in entries."""
+"""Maximum number of entries in an array (rows, candidates, dimensions) for the cross-modal loss."""
 
 
 @dataclasses.dataclass
 class ProbVLM(NetworkPredictor):
     """Spread of the distribution that ProbVLM's adapters predict around an embedding.
 
-    The distributions are factorised generalised Gaussians. An adapter computes q_v from an image,
-    and a second adapter q_t from a text. The adapters are trained on pairs (z_v, z_t) of an image
-    and a text: the class text or the caption. A pair has the training loss
+    The distributions are generalised Gaussians with independent dimensions. An adapter computes the
+    distribution q_v from an image embedding z_v, and a second adapter computes q_t from a text
+    embedding z_t. The adapters are trained on pairs (z_v, z_t). The text is the image's class text
+    or caption. A pair has the training loss
 
         L = l(z_v | q_v) + l(z_t | q_t) + cross_weight * [l(z_t | q_v) + l(z_v | q_t)],
 
     with l the negative log-likelihood averaged over the D dimensions. There are three
     uncertainties:
 
-    - "aleatoric": mean over the dimensions of log Var of q_v, with Var = alpha² Gamma(3/beta) /
-      Gamma(1/beta).
-    - "epistemic": variance of q_v's mean over ``samples`` dropout masks, averaged over the
-      dimensions. The masks are drawn once from the seed, so a row's score does not depend on
-      other rows.
-    - "cross_modal": log((1 - p_t̂) / p_t̂), where p is the softmax of the negative cross-modal
-      losses between the image and the candidates. The rows have the same order as by 1 - p_t̂, but
-      rows with p_t̂ rounded to zero do not tie.
+    - "aleatoric": the logarithm of q_v's variance, averaged over the dimensions. The variance is
+      alpha² Gamma(3/beta) / Gamma(1/beta).
+    - "epistemic": the variance of q_v's mean between ``samples`` dropout masks, averaged over the
+      dimensions. The masks are drawn once from the seed, so a row's score does not depend on other
+      rows.
+    - "cross_modal": log((1 - p_t̂) / p_t̂), where t̂ is the answer and p is the softmax of the
+      negative cross-modal losses between the image and the candidates. The order of the rows is
+      the same as by 1 - p_t̂, but rows with p_t̂ rounded to zero do not tie.
 
     "aleatoric" and "epistemic" depend on the image alone, not on the answer. ViLU's supplement
     reports "aleatoric" and "cross_modal", and both were poor predictors of failure.
 
     Args:
-        epochs: Passes over the training rows. None: 20, or enough epochs for 300 steps.
+        epochs: Passes over the training rows. None: 20, changed so that there are at least 300 and
+            at most about 2,000 steps, but never fewer than 10 passes.
         width: The adapters' hidden width.
         dropout: Share of hidden units to drop in a training step.
         cross_weight: Weight of the cross-modal terms.
@@ -191,9 +198,9 @@ class ProbVLM(NetworkPredictor):
       output is zero. Here 1 / alpha is a softplus output, and beta is a sigmoid output, scaled
       to [0.1, 5].
     - Here embeddings are multiplied by sqrt(D), and Adam has a cosine schedule.
-    - Here the variances of the dimensions are averaged geometrically. In an arithmetic mean one
-      dimension with a heavy tail would outweigh all the rest: at beta = 0.1,
-      Gamma(3/beta) / Gamma(1/beta) is 10^25.
+    - Here the mean over the dimensions' variances is geometric. In an arithmetic mean one dimension
+      with a heavy tail would outweigh all the rest: at beta = 0.1, Gamma(3/beta) / Gamma(1/beta)
+      is 10^25.
 
     Examples:
         >>> import numpy as np, vilu
@@ -207,7 +214,7 @@ class ProbVLM(NetworkPredictor):
         >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
         >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
         >>> log_odds = method.fit(train).predict_uncertainty(new)
-        >>> log_odds > 0  # above zero: more likely wrong than right
+        >>> log_odds > 0  # log-odds above zero: the answer is more likely wrong than right
         array([False,  True, False])
     """
 
@@ -277,6 +284,7 @@ class PairAdapters(nn.Module):
         image = batch.image
         text = batch.text[batch.target]
         pair = torch.stack([image, text])
+        # text_under_image is the loss of the text, under the distribution from the image
         image_under_image, text_under_image = self._losses(self.image, image, pair)
         image_under_text, text_under_text = self._losses(self.text, text, pair)
         cross_modal = text_under_image + image_under_text
@@ -285,31 +293,35 @@ class PairAdapters(nn.Module):
     def _losses(
         self, adapter: ProbabilisticAdapter, embedding: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute losses (B,) for the images, and losses (B,) for the texts.
+        """Compute the images' losses (B,) and the texts' losses (B,) under an adapter.
 
         Args:
-            adapter: Computes the distributions under which the losses are.
-            embedding: (B, D) embeddings from which the adapter computes the distributions.
-            pair: (2, B, D) the images and the texts.
+            adapter: Computes a distribution from each row in ``embedding``.
+            embedding: (B, D) images or texts.
+            pair: (2, B, D) the images and the texts. Their losses are computed.
         """
         masks = self._masks(len(embedding), self.mask_generator)
         distribution: GeneralisedGaussian = adapter(embedding, masks)
         coordinates = times_root_of_width(pair)
-        image_loss, text_loss = distribution.nll(coordinates).mean(dim=-1)
+        losses = distribution.nll(coordinates).mean(dim=-1)  # (2, B)
+        image_loss, text_loss = losses
         return image_loss, text_loss
 
     def aleatoric(self, batch: Batch) -> Tensor:
-        """Average the log-variances of the images' distributions over the dimensions, as (B,)."""
+        """Compute the mean log-variances (B,) of the images' distributions, over the dimensions."""
         distribution: GeneralisedGaussian = self.image(batch.image)
         log_variance = distribution.log_variance()
         return log_variance.mean(dim=-1)
 
     def epistemic(self, batch: Batch) -> Tensor:
-        """Compute the means' variances (B,) over dropout masks, averaged over the dimensions."""
+        """Compute how much the distributions' means vary between dropout masks.
+
+        Return the variances (B,), averaged over the dimensions.
+        """
         mask_generator = torch.Generator().manual_seed(self.settings.seed)
         first_masks, second_masks = self._masks(self.settings.samples, mask_generator)
-        samples = zip(first_masks, second_masks, strict=True)
-        means = torch.stack([self.image(batch.image, masks).mean for masks in samples])
+        pairs_of_masks = zip(first_masks, second_masks, strict=True)
+        means = torch.stack([self.image(batch.image, masks).mean for masks in pairs_of_masks])
         variance = means.var(dim=0)
         return variance.mean(dim=-1)
 
@@ -324,12 +336,14 @@ class PairAdapters(nn.Module):
         block_size = max(MAX_BLOCK_ENTRIES // (n_rows * dim), 1)
         losses = []
         image_by_candidate = image.index_all((slice(None), None))  # (B, 1, D)
+        image_coordinates = times_root_of_width(batch.image)[:, None]  # (B, 1, D)
+        text_coordinates = times_root_of_width(batch.text)
         for start in range(0, len(batch.text), block_size):
             block = slice(start, start + block_size)
-            texts_under_image = image_by_candidate.nll(times_root_of_width(batch.text[block]))
-            texts_of_block = text.index_all(block)
-            images_under_text = texts_of_block.nll(times_root_of_width(batch.image)[:, None])
-            losses.append((texts_under_image + images_under_text).mean(dim=-1))
+            texts_under_image = image_by_candidate.nll(text_coordinates[block])
+            images_under_text = text.index_all(block).nll(image_coordinates)
+            cross_modal_loss = texts_under_image + images_under_text
+            losses.append(cross_modal_loss.mean(dim=-1))
         logits = -torch.cat(losses, dim=1)
         return failure_log_odds(logits, batch)
 

@@ -23,39 +23,40 @@ MAX_CLASSES = 10_000  # the penalties for all pairs take 800 MB in float64
 class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, with a learned penalty for confusing two classes.
 
-    p = softmax(l / T) is a row vector, and D (K, K) holds the penalties. D maximises
+    p = softmax(l / T) is a row vector, with l the logits. D (K, K) holds the penalties, and
+    maximises
 
         trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes]
 
     over symmetric matrices without negative entries, with zeros on the diagonal and a Frobenius
-    norm of at most 1. This objective is the inner product <M, D> with
+    norm of at most 1. E is the mean. This objective is the inner product <M, D> with
 
         M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes].
 
     Therefore D is the positive part of M off the diagonal, divided by its norm. M is summed batch
     by batch as products (K, B) x (B, K), so no array has N K^2 entries.
 
-    If no entry of M off the diagonal is positive (without failures this is always so), every D has
-    an objective <= 0. In this case D is taken as constant off the diagonal, and u is proportional
-    to the Gini impurity: the row order is the order by ``doctor`` at this temperature.
-    Without successes, M has only the failure term.
+    Without successes, M has only the failure term. Without failures, no entry of M is positive. If
+    no entry of M off the diagonal is positive, every D has an objective <= 0. In this case D is
+    taken as constant off the diagonal. Then u is proportional to the Gini impurity, so the row
+    order is the same as by ``doctor`` at this temperature.
 
     Args:
         trade_off: Weight lambda of the failures. The successes have the weight 1 - lambda.
-        temperature: T. The logits already contain the VLM's logit scale, and are divided by this
-            number.
+        temperature: Number T by which the logits are divided. The logits already contain the VLM's
+            logit scale.
 
     Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification
     Detection", ICLR 2024. The defaults are from ViLU, supplement A.3. The code by Dadalto et al.
     drops the last class if K is odd, stores p^T p for every row, and scores through an N x N
-    matrix. None of this is done here. The columns of D are matched with the candidates by the class
-    texts. Therefore candidates may have any order, and some may be missing.
+    matrix. None of this is done here. Rows and columns of D are matched with the candidates by the
+    class texts. So the candidates may be in any order, and some may be missing.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0
         >>> text = np.eye(3)
-        >>> target = [1, 0]  # the first answer is wrong, so confusing 0 and 1 is penalised
+        >>> target = [1, 0]  # the first image is class 1 but answered 0: a confusion
         >>> data = vilu.Embeddings(image, text, target=target, logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
         array([0.15, 0.  ])
@@ -96,7 +97,7 @@ class RelU(ClosedSet):
         n_successes = len(failure) - n_failures
         weight_of_failure = self.trade_off / max(n_failures, 1)
         weight_of_success = (1 - self.trade_off) / max(n_successes, 1)
-        moment = torch.zeros((), dtype=torch.float32)  # M in the class docstring
+        moment = torch.zeros((), dtype=torch.float32)  # M, which is (K, K) after the first batch
         for batch in train.batches(SCORING_BATCH):
             batch_on_device = batch.to(self.device_)
             log_p = log_posterior(batch_on_device, self.temperature)
@@ -115,14 +116,16 @@ class RelU(ClosedSet):
         p = log_p.exp()
         classes = self.classes_of(batch.text)
         class_of_candidate = classes.to(p.device)
-        penalty = self.tensor("penalty", p.device)[class_of_candidate][:, class_of_candidate]
+        penalty_of_classes = self.tensor("penalty", p.device)
+        penalty = penalty_of_classes[class_of_candidate][:, class_of_candidate]
         return (p @ penalty * p).sum(dim=-1)
 
 
 def best_penalty(moment: Tensor) -> Tensor:
-    """Find penalties D (K, K) with the largest <moment, D>.
+    """Find penalties D (K, K) with the largest inner product <moment, D>.
 
-    If no entry of ``moment`` off the diagonal is positive, D is constant off the diagonal.
+    D is symmetric, has zeros on the diagonal and has the Frobenius norm 1. If no entry of
+    ``moment`` off the diagonal is positive, D is constant off the diagonal.
     """
     positive_part = (moment + moment.T).relu().fill_diagonal_(0)
     if not positive_part.any():

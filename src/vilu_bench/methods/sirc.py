@@ -16,28 +16,32 @@ from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.contract.predictor import FailurePredictor, Learnt, own_graph
 
-# The standard deviation of S2 is clipped to this value, the rounding error of a float32 unit norm.
+# Smallest standard deviation of S2. It is the rounding error of a unit norm in float32.
 MIN_DEVIATION = 1e-6
 
 
 @dataclass
 class SIRC(FailurePredictor):
-    """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
+    """Softmax information retaining combination of a confidence S1 and a typicality S2.
 
-    S1 is a confidence computed from the posterior. S2 measures how typical the image is. Over the
-    training rows, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2), with sd at least 1e-6.
+    u = log(S1_max - S1) + log(1 + exp(-b (S2 - a)))
+
+    S1 is computed from the posterior, and S1_max is the largest possible S1. S2 measures how
+    typical the image is. Over the training rows, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2), with
+    the standard deviation sd at least 1e-6.
 
     For a typical S2 the second term is nearly constant, so S1 decides. An image with S2 far below
     the threshold a is uncertain for every S1. The paper multiplies two factors. Here u is the
     logarithm of the product, so that nothing underflows. S1_max - S1 is computed without
     cancellation.
 
-    The fit uses no labels. Still, like every fitted method, ``sirc`` uses only labelled rows.
+    The fit uses no labels, but its rows are the labelled rows, as for every fitted method.
 
     Args:
         confidence: S1: "msp" is max_j p_j, "entropy" is -H(p), "doctor" is sum_j p_j^2.
-        typicality: S2: "norm1" is ||z_v||_1. "residual" is minus the norm of z_v's part outside the
-            principal subspace, computed from the training embeddings' uncentred second moment.
+        typicality: S2: "norm1" is ||z_v||_1, with z_v the image embedding. "residual" is minus the
+            norm of z_v's part outside the principal subspace. In this subspace the training
+            embeddings' second moment (not centred) is largest.
         components: Dimension of the principal subspace. None: half of min(D, number of rows).
 
     Source: Xia and Bouganis, ACCV 2022. In the paper S2 is computed from the features before the
@@ -53,7 +57,7 @@ class SIRC(FailurePredictor):
         >>> image = [[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]]  # 1-norms 2.0 and 1.8
         >>> train = vilu.Embeddings(image, text, target=[0, 1], logit_scale=10.0)
         >>> new_image = [[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]]  # 1-norms 1.8 and 1.4
-        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)  # with equal p
+        >>> new = vilu.Embeddings(new_image, text, logit_scale=10.0)  # both have the same S1
         >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
         array([-5.88, -3.88])
     """
@@ -97,7 +101,7 @@ class SIRC(FailurePredictor):
         return Learnt(learned)
 
     def _complement(self, train: Rows, n_rows: int) -> Tensor:
-        """Find orthonormal directions (D, D - components) in which the images' moment is least."""
+        """Find orthonormal directions (D, D - components) with the images' least second moments."""
         dim = train.source.space.embed_dim
         components = self.components
         if components is None:
@@ -110,13 +114,16 @@ class SIRC(FailurePredictor):
         for batch in train.batches(SCORING_BATCH):
             image = float64(batch.to(self.device_).image)
             moment = moment.to(image.device) + image.T @ image
-        eigenvectors: Tensor = torch.linalg.eigh(moment).eigenvectors  # the least moment first
-        complement = eigenvectors[:, : dim - components].cpu()
+        eigenvectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+        n_outside = dim - components
+        complement = eigenvectors[:, :n_outside].cpu()  # ``eigh`` sorts by ascending moment
         return complement.clone()
 
     def tensor_names(self) -> tuple[str, ...]:
         """Return the fitted tensors' names. ``complement`` exists only for "residual"."""
-        return self.tensors if self.typicality == "residual" else self.tensors[:2]
+        if self.typicality == "residual":
+            return self.tensors
+        return self.tensors[:-1]  # ``complement`` is the last name in ``_forms``
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
         """Compute the images' S2 (B,), float64. For "residual", ``learned`` has the complement."""
@@ -130,11 +137,14 @@ class SIRC(FailurePredictor):
     graph = own_graph  # the score can be exported to ONNX
 
     def _score(self, batch: Batch) -> Tensor:
-        log_doubt = LOG_DOUBT_FUNCTIONS[self.confidence](log_posterior(batch))
-        shift = self.tensor("shift", log_doubt.device)
-        slope = self.tensor("slope", log_doubt.device)
+        log_p = log_posterior(batch)
+        compute_log_doubt = LOG_DOUBT_FUNCTIONS[self.confidence]
+        log_doubt = compute_log_doubt(log_p)
+        shift = self.tensor("shift", log_doubt.device)  # a
+        slope = self.tensor("slope", log_doubt.device)  # b
         untypicality = slope * (shift - self._typicality(batch, self.learned_))
         zero = torch.zeros_like(untypicality)
+        # log(1 + exp(x)) = log(exp(x) + exp(0))
         return log_doubt + torch.logaddexp(untypicality, zero)
 
 
@@ -146,14 +156,14 @@ def log_rest(log_p: Tensor) -> Tensor:
 
 
 def log_entropy(log_p: Tensor) -> Tensor:
-    """Compute the logarithm of the entropy H(p) (B,)."""
-    log_terms = log_p + torch.log(-log_p)
+    """Compute log H(p) (B,), the logarithm of the entropy."""
+    log_terms = log_p + torch.log(-log_p)  # log(-p_j log p_j)
     return torch.logsumexp(log_terms, dim=-1)
 
 
 def log_gini(log_p: Tensor) -> Tensor:
-    """Compute the logarithm of the Gini impurity sum_j p_j (1 - p_j) (B,)."""
-    log_terms = log_p + torch.log(-torch.expm1(log_p))
+    """Compute the logarithm (B,) of the Gini impurity sum_j p_j (1 - p_j)."""
+    log_terms = log_p + torch.log(-torch.expm1(log_p))  # log(p_j (1 - p_j))
     return torch.logsumexp(log_terms, dim=-1)
 
 
@@ -162,4 +172,4 @@ LOG_DOUBT_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": log_entropy,
     "doctor": log_gini,
 }
-"""Functions that compute log(S1_max - S1) (B,) from log p (B, K), by the name of S1."""
+"""Functions that compute log(S1_max - S1) (B,) from log p (B, K). The keys are names of S1."""

@@ -1,10 +1,10 @@
-"""Baselines with a zero-shot posterior adapted to images without labels.
+"""Baselines that adapt the zero-shot posterior to images without labels.
 
 Shapes: N images to learn from, B rows to score, K classes, D embedding width.
 
-The papers on both methods are about transduction: a method learns from the same images as it
-judges. Here the methods are fitted like all methods, and may also judge new images. For
-transduction, fit a method on the images to judge, without labels.
+In the papers both methods are transductive: a method learns from the images that it judges. Here
+the methods are fitted like all methods, and may also judge new images. For transduction, fit a
+method on the images to judge, without labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 @dataclasses.dataclass
 class AdaptedToImages(ClosedSet):
-    """A method with a posterior q learned from images without labels: u = 1 - q_t̂."""
+    """A method with a posterior q learned from images without labels.
+
+    u = 1 - q_t̂ for the answer t̂.
+    """
 
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
@@ -50,21 +53,21 @@ class AdaptedToImages(ClosedSet):
 
 
 def zero_shot_logits(rows: Rows) -> Tensor:
-    """Compute zero-shot logits (N, K) float64."""
-    blocks = [float64(batch.logits) for batch in rows.batches(SCORING_BATCH)]
-    return torch.cat(blocks)
+    """Compute the rows' zero-shot logits (N, K) float64."""
+    batches = rows.batches(SCORING_BATCH)
+    return torch.cat([float64(batch.logits) for batch in batches])
 
 
 @dataclasses.dataclass
 class OTTER(AdaptedToImages):
     """OTTER: the posterior is changed to make all classes equally frequent.
 
-    u = 1 - q_a for the answer a, with q = softmax(l + v). v (K,) is such that q's mean over
-    the N images is 1/K for every class.
+    u = 1 - q_t̂ for the answer t̂, with q = softmax(l + v). l are the zero-shot logits. The offsets
+    v (K,) are chosen so that every class has the mean q of 1/K over the N images.
 
-    This is optimal transport between images and classes with the cost -log p and an entropy term
-    with weight 1, where p is the zero-shot posterior. v has the classes' dual potentials. New
-    images use the same v.
+    Let p be the zero-shot posterior. Then this is optimal transport between images and classes,
+    with the cost -log p and an entropy term of weight 1. v are the dual potentials for the classes.
+    New images use the same v.
 
     Args:
         passes: Maximum number of passes in Sinkhorn's algorithm.
@@ -81,7 +84,7 @@ class OTTER(AdaptedToImages):
     Examples:
         >>> import numpy as np, vilu
         >>> text = np.eye(2)
-        >>> angle = np.radians(np.tile([10, 20, 30, 70], 10))  # 0 is answered to three of four
+        >>> angle = np.radians(np.tile([10, 20, 30, 70], 10))  # three of four are answered 0
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> data = vilu.Embeddings(image, text, logit_scale=5.0)
         >>> vilu.MCM().predict_uncertainty(data)[:4].round(2)
@@ -123,7 +126,7 @@ class OTTER(AdaptedToImages):
         return Learnt({"offset": offset, CLASSES: text})
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """Compute the matched classes' log posterior (B, K) float64."""
+        """Compute log q (B, K) float64, with equally frequent classes in the fit."""
         logits = float64(batch.logits)
         classes = self.classes_of(batch.text)
         class_of_candidate = classes.to(logits.device)
@@ -132,7 +135,7 @@ class OTTER(AdaptedToImages):
 
 
 MIN_SHARE = 1e-12
-"""A class's share times K is clipped to this value, so that its logarithm is finite."""
+"""Smallest product of a class's share and K. With 0, the logarithm would be infinite."""
 MAX_CONVERGED_STEP = 1e-6
 """Sinkhorn's algorithm ends after a step with all entries smaller than this number."""
 
@@ -151,13 +154,16 @@ class StatA(AdaptedToImages):
 
         u = 1 - q_t̂, with q_c ~ p_c exp(-1/100 sum_d (z_d - m_cd)^2 / s_cd)
 
-    p is the zero-shot posterior. m and s are fitted to images without labels (``fit_gaussians``).
-    During the fit, an image's posterior is also drawn towards the posteriors of the three
-    nearest images. For new images, q has no such term.
+    z is the image, t̂ is the answer, and p is the zero-shot posterior. The class means m_c and
+    variances s_c are fitted to images without labels (``fit_gaussians``). The factor 1/100 is the
+    Gaussian's 1/2, divided by the temperature 50.
+
+    During the fit, each image's posterior is also drawn towards the posteriors of the nearest
+    images. For new images, q has no such term.
 
     Args:
         anchor: Weight of the class text in mean and variance, as a number of images.
-        neighbours: Number of nearest images to draw a posterior towards.
+        neighbours: Number of nearest images for every image in the fit.
         passes: Number of updates of the Gaussians.
         max_bank: Maximum number of images to learn from. If there are more, ``seed`` draws a
             sample.
@@ -216,17 +222,17 @@ class StatA(AdaptedToImages):
         class_of_candidate = classes.to(image.device)
         mean = self.tensor("mean", image.device)[class_of_candidate]
         variance = self.tensor("variance", image.device)[class_of_candidate]
-        likelihood = gaussian_likelihood(image, mean, variance)
-        logits = float64(batch.logits) + likelihood / TEMPERATURE
+        exponents = gaussian_likelihood(image, mean, variance)
+        logits = float64(batch.logits) + exponents / TEMPERATURE
         return logits.log_softmax(dim=1)
 
 
 TEMPERATURE = 50.0
 """Log-likelihoods are divided by this number, as in the code for TransCLIP and StatA."""
 INNER_PASSES = 5
-"""The posteriors are updated this number of times before the Gaussians are updated."""
+"""Number of times that the posteriors are updated before the Gaussians are updated."""
 MIN_VARIANCE = 1e-12
-"""Variances are clipped to this value, so that equal images have a finite likelihood."""
+"""Smallest variance of a Gaussian. So equal images have a finite likelihood."""
 
 
 def fit_gaussians(
@@ -234,17 +240,18 @@ def fit_gaussians(
 ) -> Gaussians:
     """Fit StatA's Gaussians to images (N, D) with zero-shot logits (N, K) and texts (K, D).
 
-    A pass updates the images' posteriors, and then each class's mean and variance:
+    t_c is the text for class c, n_c is the number of images whose largest posterior is for class c,
+    b_c is n_c / (n_c + anchor), and s_0 is the variance of all images about the class texts. A pass
+    updates the images' posteriors, and then each class's mean m_c and variance s_c:
 
-        m_c ~ b_c (mean of the members) + (1 - b_c) t_c
-        s_c = b_c (variance of the members about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
+        m_c ~ b_c (mean of the images) + (1 - b_c) t_c
+        s_c = b_c (variance of the images about m_c) + (1 - b_c) (s_0 + (t_c - m_c)^2)
 
-    Here t_c is the text for class c, n_c is the number of images with the answer c,
-    b_c = n_c / (n_c + anchor), and s_0 is the variance of all images about the class texts. Means
-    are scaled to unit norm.
+    Both averages over the images have the posterior for class c as weights. The mean of the images
+    and m_c are scaled to unit norm.
     """
-    zero_shot = logits.log_softmax(dim=1)
-    posterior = zero_shot.exp()
+    log_zero_shot = logits.log_softmax(dim=1)
+    posterior = log_zero_shot.exp()
     mean = text
     # s_0 is the mean of the classes' variances, weighted by the posterior sums
     class_weight = posterior.sum(dim=0)[:, None]  # (K, 1)
@@ -253,33 +260,39 @@ def fit_gaussians(
     variance = first_variance.clamp(min=MIN_VARIANCE).expand_as(text)
     affinity = nearest_affinity(image, n_neighbours)
     for pass_number in range(passes + 1):
-        likelihood = gaussian_likelihood(image, mean, variance)
+        exponents = gaussian_likelihood(image, mean, variance)
         for _ in range(INNER_PASSES):
             # images a and b are drawn to each other if a is among the nearest images of b, or b
             # among the nearest images of a
             neighbour_posteriors = affinity.T @ posterior + affinity @ posterior
+            # TEMPERATURE cancels below, so the neighbours have the weight 1 / (2 n_neighbours)
             pull = TEMPERATURE / (2 * max(n_neighbours, 1)) * neighbour_posteriors
-            posterior = (zero_shot + (likelihood + pull) / TEMPERATURE).softmax(dim=1)
+            posterior = (log_zero_shot + (exponents + pull) / TEMPERATURE).softmax(dim=1)
         if pass_number == passes:
             break  # the last pass only updates the posteriors
-        count = torch.bincount(posterior.argmax(dim=1), minlength=len(text)).double()
-        member_weight = (count / (count + anchor))[:, None]  # b_c
-        text_weight = 1 - member_weight
-        member_mean = normalize(posterior.T @ image, dim=1)
-        mean = normalize(member_weight * member_mean + text_weight * text, dim=1)
-        member_variance = variance_about(image, posterior, mean)
+        likeliest_class = posterior.argmax(dim=1)
+        count = torch.bincount(likeliest_class, minlength=len(text)).double()
+        image_weight = (count / (count + anchor))[:, None]  # b_c
+        text_weight = 1 - image_weight
+        image_mean = normalize(posterior.T @ image, dim=1)
+        mean = normalize(image_weight * image_mean + text_weight * text, dim=1)
+        image_variance = variance_about(image, posterior, mean)
         text_variance = first_variance + (text - mean).square()
-        variance = member_weight * member_variance + text_weight * text_variance
+        variance = image_weight * image_variance + text_weight * text_variance
         variance = variance.clamp(min=MIN_VARIANCE)
     return Gaussians(mean, variance, posterior)
 
 
 def variance_about(image: Tensor, posterior: Tensor, mean: Tensor) -> Tensor:
-    """Average (z - mean_c)^2 over images (N, D) to (K, D), weighted by the posteriors (N, K)."""
+    """Compute every class's variance (K, D) about ``mean`` (K, D).
+
+    This is (z - mean_c)^2, averaged over the images z (N, D) with the posteriors (N, K) as weights.
+    """
     class_weight = posterior.sum(dim=0)
     total_weight = class_weight.clamp(min=1e-300)[:, None]  # a divisor, so never 0
     mean_image = posterior.T @ image / total_weight
     mean_square = posterior.T @ image.square() / total_weight
+    # the square is expanded, so that no array (N, K, D) is needed
     variance = mean_square - 2 * mean_image * mean + mean.square()
     return variance.clamp(min=0)
 
@@ -291,22 +304,28 @@ def gaussian_likelihood(image: Tensor, mean: Tensor, variance: Tensor) -> Tensor
     (B, K, D) is needed.
     """
     precision = 1 / variance
-    squares = image.square() @ precision.T - 2 * image @ (mean * precision).T
-    return -(squares + (mean.square() * precision).sum(dim=1)) / 2
+    image_terms = image.square() @ precision.T - 2 * image @ (mean * precision).T
+    mean_term = (mean.square() * precision).sum(dim=1)
+    return -(image_terms + mean_term) / 2
 
 
 def nearest_affinity(image: Tensor, n_neighbours: int) -> Tensor:
-    """Make a sparse matrix (N, N): each row has an image's cosines with the nearest others."""
+    """Make a sparse matrix (N, N) of cosines between each image and the nearest other images.
+
+    Row i has the cosines for image i.
+    """
     n = len(image)
     n_neighbours = min(n_neighbours, n - 1)
     rows = torch.arange(n).repeat_interleave(n_neighbours)
     cosines = []
     columns = []
     for start in range(0, n, SCORING_BATCH):
-        cosine = image[start : start + SCORING_BATCH] @ image.T
-        row_in_block = torch.arange(len(cosine))
+        block = image[start : start + SCORING_BATCH]
+        cosine = block @ image.T
+        row_in_block = torch.arange(len(block))
         # an image is no neighbour of itself
-        cosine[row_in_block, start + row_in_block] = -torch.inf
+        own_column = start + row_in_block
+        cosine[row_in_block, own_column] = -torch.inf
         top_cosine, top_column = cosine.topk(n_neighbours, dim=1)
         cosines.append(top_cosine.flatten())
         columns.append(top_column.flatten())

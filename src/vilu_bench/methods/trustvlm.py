@@ -26,29 +26,29 @@ class TrustVLM(ClosedSet):
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂))
 
-    t̂ is the answer. f are the image's features in the column ``features``. They must be from a
-    second encoder, and not from the VLM. The prototype P_c is the mean feature
-    over up to ``shots`` training images in class c, drawn with ``seed``. A class without
-    training images has the prototype 0, and the cosine with this prototype is 0.
+    p_max is the zero-shot probability of the answer t̂. f is the image's row in the column
+    ``features``. These features must be from a second encoder, and not from the VLM. The prototype
+    P_c is the mean f over up to ``shots`` training images in class c, drawn with ``seed``. A class
+    without training images has the prototype 0, and the cosine with this prototype is 0.
 
     Args:
         weight: Weight of the similarity.
         shots: Maximum number of training images per class.
 
     Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets, 16 shots, DINOv2
-    features averaged over tokens). The paper's TrustVLM* predicts another answer, does not score
-    the VLM's own answer, and is left out.
+    features averaged over tokens). The paper's TrustVLM* is left out, because it predicts another
+    answer and does not score the VLM's answer.
 
     Examples:
         >>> import numpy as np, vilu
         >>> image = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
         >>> text = np.eye(2)
         >>> target = [0, 0, 1]
-        >>> second = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # of a second encoder
-        >>> train = vilu.Embeddings(image, text, target=target, columns=second)
-        >>> new_second = {"features": [[1.0, 0.0], [0.0, 1.0]]}
-        >>> new = vilu.Embeddings([[1.0, 0.0], [1.0, 0.0]], text, columns=new_second)
-        >>> # both are answered 0; the features of the second are those of class 1
+        >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # second encoder
+        >>> train = vilu.Embeddings(image, text, target=target, columns=features)
+        >>> new_features = {"features": [[1.0, 0.0], [0.0, 1.0]]}
+        >>> new = vilu.Embeddings([[1.0, 0.0], [1.0, 0.0]], text, columns=new_features)
+        >>> # both new images are answered 0, but image 2 has the features of class 1
         >>> vilu.PREDICTORS["trustvlm"]().fit(train).predict_uncertainty(new).round(2)
         array([0.11, 0.55])
     """
@@ -92,7 +92,8 @@ class TrustVLM(ClosedSet):
                 "Embed both with the same second encoder."
             )
         similarity = (features * prototypes[answer]).sum(dim=1)
-        return batch.judged_rivals.total_probability + self.weight * (1 - float64(similarity))
+        zero_shot_uncertainty = batch.judged_rivals.total_probability  # 1 - p_max
+        return zero_shot_uncertainty + self.weight * (1 - float64(similarity))
 
 
 def draw_per_class(label: Tensor, max_rows: int, seed: int) -> Tensor:
@@ -100,8 +101,11 @@ def draw_per_class(label: Tensor, max_rows: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(label), generator=generator)
     # all rows, sorted by class, where the rows in a class stay in random order
-    rows_by_class = shuffled[label[shuffled].argsort(stable=True)]
+    class_order = label[shuffled].argsort(stable=True)
+    rows_by_class = shuffled[class_order]
     count = torch.bincount(label)
     first_of_class = count.cumsum(0) - count  # position in ``rows_by_class`` where a class begins
-    rank_in_class = torch.arange(len(label)) - first_of_class[label[rows_by_class]]
-    return rows_by_class[rank_in_class < max_rows].sort().values
+    position = torch.arange(len(label))
+    rank_in_class = position - first_of_class[label[rows_by_class]]
+    drawn_rows = rows_by_class[rank_in_class < max_rows]
+    return drawn_rows.sort().values

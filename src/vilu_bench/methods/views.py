@@ -27,7 +27,7 @@ class Disagreement(FailurePredictor):
     - statistic="mean": d_r = 1 - p_r(t̂), where p_r is the variant's zero-shot posterior. u is
       one minus the mean probability.
     - statistic="vote": d_r = 1 if variant r has another answer than t̂, else 0. u is the share of
-      variants that disagree. With only R + 1 possible values of u, many rows tie.
+      the R + 1 inputs that disagree. Since u has only R + 1 possible values, many rows tie.
 
     The variants are scored in turn, so only a single variant's logits are in memory.
 
@@ -43,9 +43,9 @@ class Disagreement(FailurePredictor):
     def _score(self, batch: Batch) -> Tensor:
         disagreement = DISAGREEMENT_FUNCTIONS[self.statistic]
         answer = batch.prediction[:, None]
-        (column,) = self.columns
+        (column,) = self.columns  # the only column has all R variants, (B, R, D) or (K, R, D)
         variants = batch.columns[column].unbind(dim=1)
-        total = disagreement(batch.logits, answer)
+        total = disagreement(batch.logits, answer)  # the original input, r = 0
         for variant in variants:
             changes: dict[str, Any] = {self.varied_field: variant}
             varied_batch = replace(batch, **changes)
@@ -97,7 +97,7 @@ class TTA(Disagreement):
     Examples:
         >>> import numpy as np, vilu
         >>> image = text = np.eye(2)  # the answers are 0 and 1
-        >>> class_of_view = [[0, 0, 1], [1, 1, 1]]  # one of the three views of the first disagrees
+        >>> class_of_view = [[0, 0, 1], [1, 1, 1]]  # the last view of the first image disagrees
         >>> views = text[class_of_view]
         >>> data = vilu.Embeddings(image, text, columns={"views": views})
         >>> vilu.PREDICTORS["tta"](statistic="vote").predict_uncertainty(data)  # 1 of 4, 0 of 4
@@ -128,7 +128,7 @@ class PromptDisagreement(Disagreement):
         >>> image = text = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]  # with logit scale ln 3, p = 3/4
         >>> prompts = [[[1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0]]]  # one more prompt for each class
         >>> data = vilu.Embeddings(image, text, logit_scale=np.log(3), columns={"prompts": prompts})
-        >>> # with these prompts p of the second answer is 1/2: the mean of 1/4 and 1/2 is 0.375
+        >>> # with the new prompts p is 1/2 for answer 1, so u is the mean of 1/4 and 1/2
         >>> vilu.PREDICTORS["prompt_disagreement"]().predict_uncertainty(data).round(3)
         array([0.25 , 0.375])
     """

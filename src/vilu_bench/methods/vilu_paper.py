@@ -23,8 +23,8 @@ class ViLUPaper(ViLU):
 
     Only defaults and initial weights differ from ``vilu``. A comment beside each setting names the
     source. The released settings are for CIFAR-10, with 50,000 images: 800 epochs are 312,800 steps
-    there. The script for ImageNet has a learning rate of 0.001, 512 rows a step and 300 epochs, and
-    never trains the attention.
+    there. The script for ImageNet differs: it has a learning rate of 0.001, 512 rows a step and 300
+    epochs, and never trains the attention.
 
     The supplement (A.2) also fixes the MLP (512, 256, 128, 1, with ReLU) and SGD, as in ``vilu``.
     The supplement selects learning rate and batch size for every data set from a grid. The study
@@ -49,7 +49,7 @@ class ViLUPaper(ViLU):
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["vilu_paper"](epochs=300)
-        >>> method.fit(train).predict_uncertainty(new).round()  # only the second is likely wrong
+        >>> method.fit(train).predict_uncertainty(new).round()  # only the answer at 53 is wrong
         array([0., 1., 0.])
     """
 
@@ -57,17 +57,18 @@ class ViLUPaper(ViLU):
     summary: ClassVar[str] = "ViLU with the settings of its paper and released scripts"
     cost: ClassVar[str] = "fit: 800 epochs of an MLP; score: 1 MFLOP per row"
 
-    # script, whereas the repository's README has 400
+    # source: the script. The repository's README has 400.
     epochs: Count | None = 800
-    # script
+    # source: the script
     batch_size: Count | None = 128
     learning_rate: Positive = 0.01
-    # saved configuration: SGD with momentum 0.9, as in ``vilu``, and LinearLR from 0.1 on
+    # source: the saved configuration. It has SGD with momentum 0.9, as in ``vilu``, and LinearLR
+    # from 0.1 on.
     weight_decay: NonNegative = 5e-4
     warmup_epochs: NonNegative = 5.0
-    # supplement, A.2: "frozen during the first epoch", whereas the script has 1,000 steps
+    # source: supplement A.2, "frozen during the first epoch". The script has 1,000 steps.
     freeze_epochs: Annotated[int, Field(ge=0)] | None = 1
-    # trainer: the last epoch is taken, and no rows are held out
+    # source: the trainer. It takes the last epoch and holds out no rows.
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     graph = head_graph  # the score can be exported to ONNX

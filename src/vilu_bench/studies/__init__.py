@@ -1,1 +1,1 @@
-"""Every method on several data sets, over seeds, label budgets and transfer. Runs can resume."""
+"""Benchmarks: methods on data sets, in several settings and with several seeds."""

@@ -18,7 +18,7 @@ from vilu_bench.studies.parts import Names
 from vilu_bench.studies.result import CellResult
 
 LoadBootstrap = Callable[[Cell], Floats]
-"""Returns the bootstrap values (``ranking_metrics``, B resamples) for a cell that was run."""
+"""Returns the bootstrap values (M ranking metrics, B resamples) of a cell that was run."""
 
 MethodCase = tuple[str, str, str]  # method, data set, setting
 
@@ -28,12 +28,12 @@ class Entrant:
     """A method's results on a data set in a setting, by seed."""
 
     method_case: MethodCase
-    results: Mapping[int, CellResult]  # by seed, only results with the ranking metric
+    results: Mapping[int, CellResult]  # by seed, only results with a value to rank by
     run_cells: Mapping[int, Cell]  # for each seed in ``results``, the cell that was run
-    refused_seeds: tuple[int, ...]  # the seeds missing in ``results``
+    refused_seeds: tuple[int, ...]  # planned seeds that are missing in ``results``
     reason: str | None  # why the first refused seed has no result, or None if none is refused
     load_bootstrap: LoadBootstrap
-    ranking_metrics: Names  # metrics with bootstrap values, of which the first ranks
+    ranking_metrics: Names  # metrics with bootstrap values. Methods are ranked by the first metric.
 
     @property
     def method(self) -> str:
@@ -88,6 +88,7 @@ class Entrant:
     @property
     def accuracy(self) -> float:
         """Share of right answers, as a mean over seeds."""
+        # ``results`` has a row per metric, and all these rows have the same accuracy
         return fmean(result.results[0].accuracy for result in self.results.values())
 
 
@@ -112,7 +113,8 @@ def distinct_row_counts(
     numbers: set[int] = set()
     for entrant in entrants:
         for result in entrant.results.values():
-            numbers.add(getattr(result.results[0], field))
+            first_row = result.results[0]  # a row per metric, all with the same counts
+            numbers.add(getattr(first_row, field))
     return tuple(sorted(numbers))
 
 
@@ -133,7 +135,7 @@ class MethodMean:
     parts: tuple[Entrant, ...]  # the method's results on each data set
 
     def mean(self, metric: str) -> float | None:
-        """Return the mean of a metric over data sets, or None if any data set has no value."""
+        """Average a metric over data sets, or return None if a data set has no value."""
         means = [part.mean(metric) for part in self.parts]
         return _mean_if_known(means)
 
@@ -145,7 +147,7 @@ class MethodMean:
     def difference_from(self, rival: MethodMean, metric: str) -> Quantity | None:
         """Subtract the rival's mean from this mean, on the same data sets.
 
-        Return None if the two have no common seed on any data set.
+        Return None if there is a data set on which the two have no common seed.
         """
         differences = []
         for part, rival_part in zip(self.parts, rival.parts, strict=True):
@@ -157,7 +159,7 @@ class MethodMean:
 
 
 class Board:
-    """All results that a finished benchmark has, with bootstrap values."""
+    """All results of a finished benchmark, with bootstrap values."""
 
     def __init__(
         self,
@@ -169,7 +171,7 @@ class Board:
         self.config = config
         self.cells = tuple(cells)
         self.results = results
-        self.seeds: dict[MethodCase, frozenset[int]] = {}
+        self.seeds: dict[MethodCase, frozenset[int]] = {}  # all planned seeds
         self.entrants: dict[MethodCase, Entrant] = {}
         cells_by_case = _cells_by_method_case(cells)
         for method_case, cells_of_case in cells_by_case.items():
@@ -188,7 +190,7 @@ class Board:
         return entrant
 
     def blocks(self) -> dict[tuple[str, str], list[Entrant]]:
-        """Group all methods by data set and setting, including methods without a result."""
+        """Group entrants by data set and setting, including entrants without a result."""
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for (_, data, setting), entrant in self.entrants.items():
             groups.setdefault((data, setting), []).append(entrant)

@@ -25,8 +25,8 @@ class Cell:
     data: str  # data set to test on
     setting: str
     seed: int  # seed for the rows, the class halves and the method
-    # The cell whose result this cell shares, because all deciding facts are equal. None: this cell
-    # is run.
+    # An earlier cell with the same result, because all facts that decide the result are equal.
+    # None: there is no such cell, so this cell is run.
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class FitInputs:
-    """All facts that decide the training rows and the candidates of a fit."""
+    """All facts that decide a fit's training rows and candidates."""
 
     # Data sets to fit on. Empty: no fit. Several: a union with class texts as captions.
     train: tuple[str, ...] = ()
@@ -53,13 +53,12 @@ class FitInputs:
     # or "none" (all rows, without the labels).
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows, or None to take all rows
-    # Seed that divides rows into training and test rows. None: in every data set, training rows
-    # and test rows are separate sets.
+    # Seed that divides each data set into training and test rows, or None for undivided data sets.
     division_seed: int | None = None
     # seed that draws the class halves, or None to take all classes
     halves_seed: int | None = None
-    # whether the data sets of a union, or this fit and ``start``, may be embedded with different
-    # preprocessing, such as picture sizes
+    # Whether the data sets of a union may be embedded with different preprocessing, such as
+    # different picture sizes. With ``start``: whether the two fits' data sets may.
     across_preprocessing: bool = False
     pool_size: int | None = None  # number of captions in a union's training pool
     unlabelled: bool = False  # whether the fit also gets all training rows without labels
@@ -78,11 +77,11 @@ class ScoredSet:
 
     data: str
     role: Role
-    # number of captions in a pool, or None for the data set's number
-    pool_size: int | None = None
+    pool_size: int | None = None  # number of captions in a pool, or None for the data set's number
     # seed that draws the class halves, or None to take all classes
     halves_seed: int | None = None
-    division_seed: int | None = None  # seed that divides the rows, as in ``FitInputs``
+    # seed that divides the data set into training and test rows, or None for undivided rows
+    division_seed: int | None = None
     # whether these rows may be embedded with other preprocessing than the training rows
     across_preprocessing: bool = False
 
@@ -90,7 +89,7 @@ class ScoredSet:
 def fit_inputs_of(config: Config, cell: Cell) -> FitInputs:
     """Return the facts that decide a cell's fit."""
     if not config.class_of(cell.method).needs_fit:
-        return FitInputs()
+        return FitInputs()  # without data sets to fit on
     setting = config.settings[cell.setting]
     if isinstance(setting, UnionSetting):
         division_seed = _division_seed(config, setting.of, cell.seed)
@@ -170,12 +169,13 @@ def _division_seed(config: Config, data: Iterable[str], seed: int) -> int | None
 
 
 def plan_cells(config: Config) -> tuple[Cell, ...]:
-    """Plan every cell, seed by seed. A cell with an earlier cell's result refers to that cell."""
-    # maps the deciding facts of a result to the first cell with this result
+    """Plan all cells, seed by seed. A cell gets ``same_as`` if an earlier cell has its result."""
+    # maps the facts that decide a result to the first cell with this result
     first_cell: dict[object, Cell] = {}
     cells = []
     for cell in _all_cells(config):
-        deciding_facts = (*fit_key(config, cell), scored_set_of(config, cell))
+        scored_set = scored_set_of(config, cell)
+        deciding_facts = (*fit_key(config, cell), scored_set)
         if deciding_facts in first_cell:
             sharing_cell = replace(cell, same_as=first_cell[deciding_facts])
             cells.append(sharing_cell)
@@ -186,7 +186,7 @@ def plan_cells(config: Config) -> tuple[Cell, ...]:
 
 
 def cells_to_run(cells: Iterable[Cell]) -> list[Cell]:
-    """List the cells to run: no earlier cell has the same result."""
+    """Leave out cells that have the same result as an earlier cell."""
     return [cell for cell in cells if cell.same_as is None]
 
 
@@ -195,12 +195,13 @@ def fit_key(config: Config, cell: Cell) -> tuple[str, FitInputs, int | None]:
 
     If the method's scores do not depend on the seed, the seed in the key is None.
     """
+    fit_inputs = fit_inputs_of(config, cell)
     seed = cell.seed if config.depends_on_seed(cell.method) else None
-    return cell.method, fit_inputs_of(config, cell), seed
+    return cell.method, fit_inputs, seed
 
 
 def group_by_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Group cells by the first needed fit. The groups are in the order of their first cells.
+    """Group cells by their first fit. The groups are in the order of their first cells.
 
     Cells share a fit in two cases: the fitted predictor is tested on several data sets, or several
     fits start from this fit's weights.
@@ -220,15 +221,15 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
     needed: dict[tuple[str, Role], None] = {}
     for cell in cells:
         fit_inputs = fit_inputs_of(config, cell)
-        # Without an earlier fit, ``first_fit`` is ``fit_inputs``. Then the parts are added twice.
-        # The second time changes nothing.
+        # If there is a single fit, both are the same fit. Adding its parts twice does no harm.
         for fit in (fit_inputs.first_fit, fit_inputs):
             for data in fit.train:
                 needed[data, "train"] = None
-            if may_select_on_validation(fit) and isinstance(
-                config.data[fit.train[0]].validation, str
-            ):
-                needed[fit.train[0], "validation"] = None
+            if may_select_on_validation(fit):
+                data = fit.train[0]
+                # a number instead of a name is a share of the training rows, and no part
+                if isinstance(config.data[data].validation, str):
+                    needed[data, "validation"] = None
         scored_set = scored_set_of(config, cell)
         validation = config.data[scored_set.data].validation
         if scored_set.role == "validation" and isinstance(validation, float):
@@ -239,7 +240,10 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
 
 
 def may_select_on_validation(fit_inputs: FitInputs) -> bool:
-    """Return whether a fit may select on validation rows. Only a fit on one whole data set may."""
+    """Return whether a fit may use validation rows to select, for example, the epoch count.
+
+    Only a fit on all labels and classes of a single data set may do so.
+    """
     return (
         len(fit_inputs.train) == 1
         and fit_inputs.budget == "all"

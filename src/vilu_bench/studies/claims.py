@@ -1,4 +1,4 @@
-"""Decides a publication's claims by the results of finished cells."""
+"""Decides whether a publication's claims hold, by the results of finished cells."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Verdict:
     # the interval contains zero. "not tested" if a method has no result or the number is
     # undefined.
     ruling: Ruling
-    # The deciding number, as a fraction. A positive number is in favour of the claim. A slope
-    # is per unit of the axis: per doubling, or per accuracy of 1.
+    # The number that decides, as a fraction, not in percent. A positive number is in favour of the
+    # claim. A slope is per unit of the axis: per doubling, or per accuracy of 1.
     number: float | None
     interval: Interval | None  # interval of ``number``
     number_in_words: str  # what ``number`` is
@@ -58,7 +58,7 @@ def _decide_better(board: Board, claim: BetterClaim) -> Verdict:
     """Decide the claim that a method is better than another method."""
     data = claim.data or tuple(board.config.data)
     metric = METRICS[claim.metric]
-    # "A less B" names a difference between two numbers, and "A below B" compares two numbers.
+    # The number is A - B ("A less B") if higher is better, or else B - A ("A below B").
     comparative = "less" if metric.higher_is_better else "below"
     better_name = _subject_in_words(board, claim.better)
     rival_name = _subject_in_words(board, claim.than)
@@ -202,8 +202,8 @@ def _not_tested(
 def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
     """Name the common seeds of two methods, or return "" if both have the same seeds.
 
-    The text explains why the number differs from the tables. A mean in the tables is over all the
-    method's seeds, and so also over seeds for which the other method has no result.
+    The text explains why the number differs from the tables. The tables average over all seeds of
+    a method, and so also over seeds for which the other method has no result.
     """
     pairs = zip(a, b, strict=True)
     have_equal_seeds = all(
@@ -212,7 +212,8 @@ def _common_seeds_in_words(a: Sequence[Entrant], b: Sequence[Entrant]) -> str:
     if have_equal_seeds:
         return ""
     common_seeds = set().union(*_common_seeds(a, b))
-    return f", on the seeds that both have ({', '.join(map(str, sorted(common_seeds)))})"
+    seeds_in_words = ", ".join(str(seed) for seed in sorted(common_seeds))
+    return f", on the seeds that both have ({seeds_in_words})"
 
 
 def _entrants(

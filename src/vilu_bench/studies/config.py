@@ -1,4 +1,4 @@
-"""Pydantic models for a benchmark's TOML file, and checks of the content."""
+"""Pydantic models for a benchmark's TOML file, with checks of its content."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from vilu_bench.studies.views import AnyClaim, AnyView, Study
 
 
 class Setting(Section):
-    """Rule for choosing the rows to fit methods on, and the rows to test methods on."""
+    """Chooses the rows to fit methods on and the rows to test methods on."""
 
     # Labels to fit on. An int is a number of labels per class. A float (such as 0.025) is a share
     # of all labels. "all" takes all labels. "none" takes all rows, without the labels.
     budget: int | float | Literal["all", "none"] = "all"
-    # Data sets to test on, by default all. An ``OtherSourceSetting`` leaves out the ``source``.
+    # Data sets to test on, by default all. An ``OtherSourceSetting`` never tests on its ``source``.
     data: Names | None = None
-    # which rows to test on; "validation" is for a choice among methods
+    # Which rows to test on. "validation" is for a choice among methods.
     test_on: Literal["validation", "test"] = "test"
     # number of captions in a test pool, by default the data set's number
     pool_size: Annotated[int, Field(ge=2)] | None = None
@@ -53,7 +53,8 @@ class Setting(Section):
         """Refuse a budget that is not a word, a share, or a number of labels."""
         is_word = value in ("all", "none")
         is_share = isinstance(value, float) and 0 < value < 1
-        is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        is_bool = isinstance(value, bool)  # in Python a bool is an int, too
+        is_number = isinstance(value, int) and not is_bool and value >= 1
         if not (is_word or is_share or is_number):
             raise ValueError(
                 'must be "all", "none", a number of labels per class, at least 1, '
@@ -63,7 +64,7 @@ class Setting(Section):
 
     @property
     def sources(self) -> Names:
-        """Other data sets to fit on, empty for a fit on the tested data set."""
+        """Data sets to fit on that the setting names, empty for a fit on the tested data set."""
         return ()
 
     @property
@@ -78,10 +79,10 @@ class Setting(Section):
         return f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted_on: str = "") -> str:
-        """Describe the rows to fit on, followed by the differences from the defaults.
+        """Describe the rows to fit on, and everything else that differs from the defaults.
 
         Args:
-            fitted_on: Text about the rows to fit on. If "", the budget is named instead.
+            fitted_on: Text about the rows to fit on, by default the budget.
         """
         text = fitted_on or self.budget_text
         if self.test_on == "validation":
@@ -101,11 +102,11 @@ class LabelsSetting(Setting):
 
 
 class OtherSourceSetting(Setting):
-    """Setting with a fit on a data set that is not the tested data set."""
+    """Setting with a fit on ``source``, which is not the tested data set."""
 
     source: str
-    # Whether the same model may have embedded the source and the tested data set with different
-    # preprocessing, such as picture sizes. By default this is refused.
+    # Whether ``source`` and the tested data set may be embedded with different preprocessing, such
+    # as different picture sizes. The model must be the same.
     across_preprocessing: bool = False
 
     @property
@@ -115,7 +116,7 @@ class OtherSourceSetting(Setting):
 
 
 class TransferSetting(OtherSourceSetting):
-    """Setting with a single fit, on a data set that is not the tested data set."""
+    """Setting with a single fit, on ``source``."""
 
     kind: Literal["transfer"]
 
@@ -124,7 +125,7 @@ class TransferSetting(OtherSourceSetting):
 
 
 class AdaptSetting(OtherSourceSetting):
-    """Setting with a fit on another data set, then a fit on ``budget`` of the tested data set."""
+    """Setting with two fits: first on ``source``, then on ``budget`` of the tested data set."""
 
     kind: Literal["adapt"]
 
@@ -141,14 +142,18 @@ class AdaptSetting(OtherSourceSetting):
 
 
 class UnionSetting(Setting):
-    """Setting with one fit on several data sets, with class texts as captions (supplement C.6)."""
+    """Setting with one fit on several data sets.
+
+    Class texts serve as captions (ViLU paper, supplement C.6).
+    """
 
     kind: Literal["union"]
-    budget: Literal["all"] = "all"  # labels in each data set
+    budget: Literal["all"] = "all"  # all labels of each data set
     of: Annotated[Names, Field(min_length=1)]  # data sets to fit on
     # number of captions in a training pool
     train_pool_size: Annotated[int, Field(ge=2)] = 1024
-    # whether the data sets may be embedded with different preprocessing, such as picture sizes
+    # Whether the data sets may be embedded with different preprocessing, such as different picture
+    # sizes. The model must be the same.
     across_preprocessing: bool = False
 
     @property
@@ -179,11 +184,14 @@ AnySetting = Annotated[
 ]
 
 
-MAX_EPOCHS = 300  # upper bound where ``steps`` sets the epochs, the same bound as in the heads
+MAX_EPOCHS = 300  # maximum epoch count that ``steps`` may give; default counts have the same bound
 
 
 class Method(Section):
-    """A method, with its hyper-parameters, settings, data sets and seeds."""
+    """A method to run, with its hyper-parameters, settings, data sets and seeds.
+
+    The method's label is its key in ``Config.methods``.
+    """
 
     method: str | None = None  # name in ``PREDICTORS``, by default the label
     # hyper-parameters with values different from the defaults
@@ -194,10 +202,10 @@ class Method(Section):
     # Total number of training steps, in place of ``epochs``. The epoch count follows from the
     # number of training rows.
     steps: Count | None = None
-    # whether the seed changes scores only through the choice of training rows
+    # whether the same training rows give the same scores, whatever the seed
     deterministic: bool = False
-    # whether the fit also gets all training rows without labels, including rows left out by the
-    # budget
+    # Whether the fit also gets all training rows without their labels. Rows outside the budget are
+    # included.
     unlabelled: bool = False
     title: str | None = None  # title in tables and figures, by default the label
     x: float | None = None  # position on a curve's axis
@@ -218,11 +226,11 @@ class Config(Section):
 
     # Name for the benchmark and for the folder with tables and figures. By default the file's name.
     name: Name = "benchmark"
-    # Number of seeds, 0 ... seeds - 1. A seed draws training rows and class halves, and seeds the
-    # methods.
+    # Number of seeds to run: 0, 1, ..., seeds - 1. Each seed draws training rows and class halves,
+    # and is the random seed for the methods.
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
-    resamples: Annotated[int, Field(ge=10)] = 1000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: Annotated[int, Field(ge=10)] = 1000  # number of bootstrap resamples
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95  # confidence level of intervals
     metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
     device: str = "cpu"  # device for the models, and for methods with a device parameter
     # Whether to run every method, in addition to ``methods``. If ``methods`` is empty, every method
@@ -237,12 +245,12 @@ class Config(Section):
     study: Study | None = None
     views: tuple[AnyView, ...] = ()  # tables and figures to make, by default a ranking
     claims: tuple[AnyClaim, ...] = ()  # a publication's claims to check
-    # submitted methods to show beside the study's own methods, by label
+    # submitted methods by label, to show beside the study's own methods
     _submitted_methods: dict[str, Method] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        """Refuse names that the benchmark uses and does not define."""
+        """Refuse undefined names, contradictory tables, and a benchmark in which nothing runs."""
         require_known("metric", self.metrics, METRICS)
         if self.judges_adapted_answers:
             self._check_across_answers()
@@ -292,17 +300,17 @@ class Config(Section):
 
     def _check_across_answers(self) -> None:
         """Refuse metrics that cannot compare methods with different answers."""
-        across = [name for name, metric in METRICS.items() if metric.across_answers]
+        allowed = [name for name, metric in METRICS.items() if metric.across_answers]
         for name in self.metrics:
-            if name not in across:
+            if name not in allowed:
                 raise ValueError(
                     f"metrics: {name} compares nothing here, because a method judges adapted "
                     "answers, which are wrong in other rows than zero-shot answers. Choose from: "
-                    f"{', '.join(across)}"
+                    f"{', '.join(allowed)}"
                 )
 
     def _check_method(self, label: str) -> None:
-        """Refuse a method with unknown names, or with an entry that contradicts the class."""
+        """Refuse a method with unknown names, or with a value that its class cannot use."""
         method = self.methods[label]
         name = method.method or label
         known_methods = method_names()
@@ -330,14 +338,11 @@ class Config(Section):
             self._check_validation(name, tested_data)
         if isinstance(setting, UnionSetting):
             self._check_union(name)
-        draws_rows_or_classes = isinstance(setting, UnseenSetting | AdaptSetting) or not isinstance(
-            setting.budget, str
-        )
-        if draws_rows_or_classes:
-            # Rows and classes are drawn from the tested data sets. But in a transfer or a union
-            # the sources are used, because no fit is on the tested data set alone.
+        draws_rows = not isinstance(setting.budget, str)  # a number of labels, or a share
+        draws_classes = isinstance(setting, UnseenSetting)
+        if draws_rows or draws_classes:
             drawn_data: Sequence[str] = tested_data
-            if setting.sources and not isinstance(setting, AdaptSetting):
+            if isinstance(setting, TransferSetting):  # not fitted on the tested data sets
                 drawn_data = setting.sources
             self._refuse_captions(name, drawn_data)
 
@@ -369,8 +374,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
         """Refuse invalid views and claims, and views with equal names."""
-        n_views = Counter(view.name for view in self.views)
-        for name, count in n_views.items():
+        view_counts = Counter(view.name for view in self.views)
+        for name, count in view_counts.items():
             if count > 1:
                 raise ValueError(f"two views are called {name}, and would be one file")
         for view in self.views:
@@ -388,7 +393,7 @@ class Config(Section):
         return {label: self._with_defaults(label, method) for label, method in methods.items()}
 
     def entries_of(self, axis: str) -> Mapping[str, Data | Setting | Method]:
-        """Return what ``axis`` names: methods by label, or data sets or settings by name."""
+        """Return all entries on ``axis``: methods by label, data sets by name, settings by name."""
         if axis == "method":
             return self.method_entries | self._submitted_methods
         if axis == "data":
@@ -399,8 +404,8 @@ class Config(Section):
         """Return a copy with further methods, whose results were submitted.
 
         Args:
-            maker_of_label: Maps each submitted method's label to the distribution and version with
-                the method's code, or to "" if vilu has the code.
+            maker_of_label: For each submitted method's label, the package and version that has the
+                method's code, or "" if vilu has the code.
         """
         submitted_methods = {}
         for label, maker in maker_of_label.items():
@@ -429,14 +434,17 @@ class Config(Section):
         return method.model_copy(update=defaults)
 
     def with_every_method_named(self) -> Config:
-        """Return a copy that names every method, so the installed methods do not matter."""
+        """Return a copy that lists every method to run, with all its values.
+
+        Without the list, the methods to run would depend on the installed methods.
+        """
         return self.model_copy(update={"methods": self.method_entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
         """Return whether a setting tests on a data set.
 
-        The data set must be among the setting's chosen data sets. Except in a union, the data set
-        must not be a source of the setting.
+        A setting tests on the data sets that its table chooses, by default on all. Only a union
+        also tests on its sources.
         """
         chosen_setting = self.settings[setting]
         if data in chosen_setting.sources and not isinstance(chosen_setting, UnionSetting):
@@ -450,8 +458,8 @@ class Config(Section):
     def is_run_in(self, label: str, setting: str) -> bool:
         """Return whether a method runs in a setting.
 
-        The setting must be among the chosen settings in the method's table. If the method needs
-        labels, the setting must have labels.
+        A method runs in the settings that its table chooses, by default in all. A method that needs
+        labels does not run in a setting without labels.
         """
         cls = self.class_of(label)
         needs_labels = cls.needs_fit and cls.needs_labels
@@ -493,9 +501,14 @@ class Config(Section):
         return predictor
 
     def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
-        """Compute the epoch count for about ``steps`` steps with ``step_rows`` training rows each.
+        """Compute how many epochs make about ``steps`` training steps.
 
         Return None if the method has no ``steps``.
+
+        Args:
+            label: The method's label.
+            step_rows: Number of rows in a training step.
+            n_train: Number of training rows, all of which are in an epoch.
         """
         steps = self.method_entries[label].steps
         if steps is None:
@@ -506,6 +519,6 @@ class Config(Section):
 
 
 def is_trained(name: str) -> bool:
-    """Return whether a method trains a network: it has parameters ``epochs``, ``batch_size``."""
+    """Return whether a method trains a network, and so has ``epochs`` and ``batch_size``."""
     cls = find_method(name)
     return {"epochs", "batch_size"} <= parameters(cls).keys()

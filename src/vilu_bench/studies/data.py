@@ -1,4 +1,4 @@
-"""A cell's rows: the embeddings to fit on, and the embeddings to score."""
+"""Selects a cell's rows: the embeddings to fit on, and the embeddings to score."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def divide_rows(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDA
     rng = np.random.default_rng([DRAW_DIVISION, seed])
     order = rng.permutation(n)
     n_fit = round(share * n)
-    return np.sort(order[:n_fit]), np.sort(order[n_fit:])
+    fit_rows = np.sort(order[:n_fit])
+    test_rows = np.sort(order[n_fit:])
+    return fit_rows, test_rows
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -110,7 +112,9 @@ def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[
     rng = np.random.default_rng([DRAW_HALVES, seed])
     order = rng.permutation(n_classes)
     half = n_classes // 2
-    return np.sort(order[:half]), np.sort(order[half:])
+    classes_to_fit = np.sort(order[:half])
+    classes_to_test = np.sort(order[half:])
+    return classes_to_fit, classes_to_test
 
 
 def rows_of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -160,7 +164,7 @@ class StudyData:
         return source
 
     def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
-        """Hash the content of ``source`` with the same arguments."""
+        """Return the hash of the rows that ``source`` returns for the same arguments."""
         _, content_hash = self._open(data, role, pool_size)
         return content_hash
 
@@ -178,8 +182,8 @@ class StudyData:
         training_rows, training_hash = self._open_store(data, "train", pool_size=None)
         # Copies of a picture have the same identity, so either all copies or none are held out.
         best_kind, *_ = training_rows.identified_by  # the kind that recognises copies best is first
-        is_validation = held_out_mask(training_rows.identities(best_kind), share)
-        is_chosen = is_validation if role == "validation" else ~is_validation
+        is_held_out = held_out_mask(training_rows.identities(best_kind), share)
+        is_chosen = is_held_out if role == "validation" else ~is_held_out
         chosen_rows = np.flatnonzero(is_chosen)
         return training_rows.take(chosen_rows), digest([training_hash, role, share])
 
@@ -203,7 +207,7 @@ class StudyData:
             content_hashes.append(second_hash)
         limit = entry.limit_of(role)
         if limit is None or limit >= len(source):
-            return source, digest([*content_hashes, None])
+            return source, digest([*content_hashes, None])  # None: no limit
         chosen_rows = evenly_spaced(len(source), limit)
         return source.take(chosen_rows), digest([*content_hashes, limit])
 
@@ -212,8 +216,8 @@ class StudyData:
     ) -> EmbeddingSource:
         """Return the rows in ``source`` to fit on if ``to_fit``, else the rows to test on.
 
-        ``seed`` divides the rows. If the data set has no ``fit_share``, the rows are not divided,
-        and all rows are returned.
+        ``seed`` divides the rows. Without a seed, or if the data set has no ``fit_share``, the rows
+        are not divided, and all rows are returned.
         """
         share = self.config.data[data].fit_share
         if seed is None or share is None:
@@ -224,7 +228,7 @@ class StudyData:
             return test
         fit = source.take(fit_rows)
         shared_rows = find_overlap(test, fit, (f"the test rows of {data}", "its training rows"))
-        if not shared_rows:
+        if not shared_rows:  # none are shared, or the rows cannot be compared
             return fit
         rows_in_words = shared_rows.in_words("rows to fit on")
         warn_caller(f"{rows_in_words} of {data} are left out: they are tested on.")
@@ -260,7 +264,7 @@ class StudyData:
             )
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
-        """Compare two parts of a data set: embedding space, classes, and common rows."""
+        """Refuse parts with different spaces or classes. Warn of common rows, or refuse many."""
         a = self.source(data, role_a)
         b = self.source(data, role_b)
         name_a = _name_of_set(data, role_a)
@@ -293,7 +297,8 @@ class StudyData:
         if fit_inputs.pool_size is not None:
             sources = [self._all_training_rows(data, fit_inputs) for data in fit_inputs.train]
             if fit_inputs.across_preprocessing:
-                sources = [ignore_preprocessing(source, sources[0].space) for source in sources]
+                first_space = sources[0].space
+                sources = [ignore_preprocessing(source, first_space) for source in sources]
             return PseudoCaptions(sources, fit_inputs.pool_size, fit_inputs.train)
         source = self._all_training_rows(fit_inputs.train[0], fit_inputs)
         has_all_classes = fit_inputs.halves_seed is None
@@ -336,7 +341,7 @@ class StudyData:
         return source.take(rows, classes, columns)
 
     def validation_set(self, fit_inputs: FitInputs) -> EmbeddingSource | None:
-        """Return rows to select on, or None if the method must hold out training rows itself."""
+        """Return the validation rows, or None if the method must hold out training rows itself."""
         data = fit_inputs.train[0]
         if not may_select_on_validation(fit_inputs):
             return None
@@ -354,6 +359,7 @@ class StudyData:
         if not scored_set.across_preprocessing:
             return source
         fit_inputs = fit_inputs_of(self.config, cell)
+        # in a union, all training rows have the first data set's space
         fitted_on = self.source(fit_inputs.train[0], "train")
         return ignore_preprocessing(source, fitted_on.space)
 
@@ -373,7 +379,7 @@ class StudyData:
         """Return training and test candidate texts, each (K, D), or None for captions."""
         fit_inputs = fit_inputs_of(self.config, cell)
         scored_set = scored_set_of(self.config, cell)
-        if fit_inputs.pool_size is not None:
+        if fit_inputs.pool_size is not None:  # in a union, class texts are used as captions
             return None
         train = self.source(fit_inputs.train[0], "train")
         test = self.source(scored_set.data, scored_set.role, scored_set.pool_size)
@@ -426,9 +432,9 @@ def _name_of_set(data: str, role: Role) -> str:
 
 
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
-    """Remove labels and ``outside`` from all rows of a source.
+    """Return a copy of a source without labels and without ``outside``.
 
-    Pairs are returned unchanged. A fit refuses such pairs as unlabelled rows.
+    Pairs are returned unchanged. A fit refuses them as unlabelled rows.
     """
     if source.pool_size is not None:
         return source
@@ -460,19 +466,20 @@ def truth_of(source: EmbeddingSource, rows_hash: str) -> Truth:
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
-    """Return whether one model's two spaces differ in preprocessing, such as the picture size."""
+    """Return whether two spaces differ only in preprocessing, such as the picture size."""
     if a is None:
         return False
     if a == b:
         return False
+    # a backbone's name may have the picture size, as "compact:64" does
     return replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
 
 
 def ignore_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
-    """Give the source the space ``space``, if the two spaces differ only in preprocessing.
+    """Return a copy of the source with ``space``, if the spaces differ only in preprocessing.
 
-    Any other source is returned unchanged. If another model made the source, the source is refused
-    later, when the spaces are compared.
+    Any other source is returned unchanged. A source from another model is refused later, when the
+    spaces are compared.
     """
     if not differs_in_preprocessing(source.space, space):
         return source

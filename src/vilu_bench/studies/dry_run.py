@@ -43,7 +43,7 @@ class PartPlan:
     part: str  # a role, or "pairs" for the pairs of all roles
     backbone: str
     images: int | None  # number of images, or None if unknown
-    counted: str  # where this number comes from: "store", "listing" or "catalogue"
+    counted: str  # where ``images`` comes from: "store", "listing" or "catalogue"
     state: str  # "embedded", "to embed", "no images here", or "unreadable"
     n_bytes: int | None  # size of the embeddings and columns, or None if unknown
     problem: str | None = None  # why the images are "unreadable"
@@ -58,7 +58,8 @@ class StudyPlan:
     parts: tuple[PartPlan, ...]
     cells: int  # number of cells, where a cell is a method, a data set, a setting and a seed
     runs: int  # number of cells to run, without cells that share another cell's result
-    fits: int  # number of different fits that the runs need
+    # number of different fits that the runs need, without fits that start from an earlier fit
+    fits: int
     # Every cell as plain JSON. ``same_as`` names the cell whose result this cell shares.
     listed: tuple[dict[str, object], ...]
 
@@ -79,7 +80,7 @@ def plan_study(config: Config, data: Path, output: Path) -> StudyPlan:
     for group in group_by_fit(config, cells_run):
         if fit_inputs_of(config, group[0]).train:
             n_fits += 1
-    distinct_parts = dict.fromkeys(parts)
+    distinct_parts = dict.fromkeys(parts)  # with captions, all roles are one part
     listed_cells = [_cell_to_dict(cell) for cell in cells]
     return StudyPlan(
         name=config.name,
@@ -101,7 +102,7 @@ def _cell_to_dict(cell: Cell) -> dict[str, object]:
 
 
 def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> PartPlan:
-    """Plan a part from the store, or else from the images, or else from the catalogue."""
+    """Plan a part by the store, or else by the images, or else by the catalogue."""
     _name, role = part
     catalogue_plan = _plan_by_catalogue(part, entry)
     if not _has_data_here(entry, data_folder):
@@ -112,7 +113,7 @@ def _plan_of_part(part: Part, entry: Data, data_folder: Path, output: Path) -> P
             manifest = read_document(folder / MANIFEST_FILE, Manifest)
             return _plan_of_store(part, entry, manifest)
         with open_images(entry, role, data_folder) as images:
-            if not isinstance(images, ShardedDataset):
+            if not isinstance(images, ShardedDataset):  # images in tar files are not counted
                 return _plan_to_embed(part, entry, len(images), counted="listing")
     except (UsageError, DataError, StorageError) as error:
         # not raised, because the plan reports the problems of all parts
@@ -127,7 +128,7 @@ def _has_data_here(entry: Data, data_folder: Path) -> bool:
         return True
     folder = data_folder / source
     if entry.dataset is None:
-        is_pattern = "{" in source  # a pattern for tar file names, not the name of a file
+        is_pattern = "{" in source  # a pattern of tar files, such as {000..099}.tar, and no file
         return is_pattern or folder.exists()
     if not folder.is_dir():
         return False
@@ -185,11 +186,11 @@ def _numbers_per_image(part: Part, entry: Data) -> int | None:
     if widths is None:
         return None
     embed_width, feature_width = widths
-    n_embeddings = 1
+    n_embeddings = 1  # the image's embedding
     if entry.captions:
-        n_embeddings += 1
+        n_embeddings += 1  # the caption's embedding
     elif role == "test":
-        n_embeddings += entry.views
+        n_embeddings += entry.views  # an embedding for every view
     if not entry.features:
         feature_width = 0
     return embed_width * n_embeddings + feature_width
@@ -224,7 +225,8 @@ def _catalogued_images(entry: Data, role: Role) -> int | None:
     if entry.captions:
         return sum(sizes.values())
     split = str(getattr(entry, role))
-    names = [split] if split in sizes else split.split("+")  # ``+`` joins several splits
+    # ``+`` joins several splits, but may also be in the name of one split
+    names = [split] if split in sizes else split.split("+")
     has_all_sizes = sizes.keys() >= set(names)
     if not has_all_sizes:
         return None
@@ -245,12 +247,13 @@ def describe_plans(plans: Sequence[StudyPlan]) -> str:
         for part in study.parts:
             bytes_of[part.data, part.part, part.backbone] = part.n_bytes or 0
     gib = sum(bytes_of.values()) / 2**30
-    total = (
+    totals = (
         f"together: {len(bytes_of)} sets of embeddings, {gib:,.2f} GiB; {n_runs:,} runs "
         "(studies in one output share those that they have in common)\n"
         "Numbers of images marked * are the catalogue's."
     )
-    return "\n\n".join([*map(_describe_study, plans), total])
+    descriptions = [_describe_study(study) for study in plans]
+    return "\n\n".join([*descriptions, totals])
 
 
 def _describe_study(study: StudyPlan) -> str:
@@ -263,8 +266,8 @@ def _describe_study(study: StudyPlan) -> str:
         rows.append([part.data, part.part, part.backbone, images_in_words, part.state, size])
         if part.problem:
             problems.append(f"{part.data} ({part.part}) cannot be read: {part.problem}")
-    n_cells = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
-    cells = ", ".join(f"{data_and_setting} {n}" for data_and_setting, n in n_cells.items())
+    cell_counts = Counter(f"{cell['data']}/{cell['setting']}" for cell in study.listed)
+    cells = ", ".join(f"{data_and_setting} {n}" for data_and_setting, n in cell_counts.items())
     lines = [
         f"{study.name}: {study.title}",
         *align_columns(rows),

@@ -1,4 +1,4 @@
-"""Turns each view of a study into an exhibit, a table or a figure."""
+"""Makes the exhibits for a study's views: tables, figures and rankings."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     """Make the table and the figure for a curve view."""
     from vilu.report.figures import draw_curves
 
-    points = view.entries_of(board.config, view.x)
+    entries_on_axis = view.entries_of(board.config, view.x)
 
     def x_of(key: NumberKey) -> float | None:
-        return points[getattr(key, view.x)].x
+        name = getattr(key, view.x)  # name of a method, a data set or a setting
+        return entries_on_axis[name].x
 
     panels = _panels(board, view, x_of, panel_field=view.panel, line_field=view.line)
     table_view = view.as_table(rows=(view.panel, view.line), columns=(view.x, "metric"))
@@ -130,7 +131,7 @@ def _panels(
     Args:
         board: The results.
         view: The view.
-        x_of: Function from a key to the x coordinate, or to None to leave the number out.
+        x_of: Function that returns a key's x coordinate, or None to leave the number out.
         panel_field: Field of a key. There is a panel for each value of this field and each metric.
         line_field: Field of a key. A panel has a line for each value of this field.
     """
@@ -140,10 +141,13 @@ def _panels(
     groups: dict[tuple[str, str], dict[str, list[_Point]]] = {}
     for key, mean in means_by_key(board, view).items():
         x = x_of(key)
-        if x is None or not all(part.results for part in mean.parts):
+        has_results = all(part.results for part in mean.parts)
+        if x is None or not has_results:
             continue
-        lines = groups.setdefault((getattr(key, panel_field), key.metric), {})
-        lines.setdefault(getattr(key, line_field), []).append(_Point(key, x, mean))
+        panel_key = (getattr(key, panel_field), key.metric)
+        line_label = getattr(key, line_field)
+        lines = groups.setdefault(panel_key, {})
+        lines.setdefault(line_label, []).append(_Point(key, x, mean))
     if not groups:
         raise DataError(
             f"the view {view.name} has nothing to show: no result with a place on its axis."
@@ -206,7 +210,8 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
     sheet = table_sheet(board, table_view)
 
     def draw() -> Figure:
-        return score_histograms({title: Outcomes.load(path) for title, path in score_files.items()})
+        outcomes = {title: Outcomes.load(path) for title, path in score_files.items()}
+        return score_histograms(outcomes)
 
     return sheet, draw
 
@@ -220,14 +225,16 @@ def _score_files(board: Board, view: HistogramView, root: Path) -> dict[str, Pat
     entrants = {}
     all_entrants = entrants_by_key(board, view)
     for key, entrant in all_entrants.items():
-        if entrant.results and key.metric == view.metrics[0]:
+        is_first_key = key.metric == view.metrics[0]  # an entrant has a key for every metric
+        if entrant.results and is_first_key:
             entrants[key] = entrant
     fields = ["data", "method"]
     if len({key.setting for key in entrants}) > 1:
         fields.append("setting")
     files = {}
     for key, entrant in entrants.items():
-        title = ", ".join(title_of(board.config, field, getattr(key, field)) for field in fields)
+        titles = [title_of(board.config, field, getattr(key, field)) for field in fields]
+        title = ", ".join(titles)
         first_cell = entrant.run_cells[min(entrant.run_cells)]
         files[title] = (root / first_cell.path).with_suffix(".parquet")
     return files
@@ -280,7 +287,8 @@ def _data_grid(board: Board, view: GridView, data: str) -> _DataGrid | None:
             merits[pair] = sign * entrant.quantity(first_metric).value
     if not merits:
         return None
-    return _DataGrid(data, methods, max(merits, key=merits.__getitem__))
+    best_pair = max(merits, key=merits.__getitem__)
+    return _DataGrid(data, methods, best_pair)
 
 
 def _pair_of(board: Board, view: GridView, label: str) -> ValuePair | None:
@@ -302,7 +310,8 @@ def _grid_sheet(
     The best pair on every data set is marked.
     """
     config = board.config
-    columns = list(itertools.product((view.select_on, view.report_on), view.metrics))
+    settings = (view.select_on, view.report_on)
+    columns = list(itertools.product(settings, view.metrics))
     rows: list[tuple[str, ...]] = []
     cells = {}
     for data_grid in data_grids:
@@ -359,6 +368,7 @@ def _grid_panel(board: Board, view: GridView, data_grid: _DataGrid, setting: str
     from vilu.report.figures import Grid
 
     first_metric = view.metrics[0]
+    # every value once, in the order of the methods
     rows = list(dict.fromkeys(row_value for row_value, _ in data_grid.methods))
     columns = list(dict.fromkeys(column_value for _, column_value in data_grid.methods))
     means = {}

@@ -28,7 +28,7 @@ SOURCE_FOLDER = Path(__file__).parents[2]  # folder of the packages vilu and vil
 REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
 """Modules left out of the hash, because they import every method.
 
-If a method uses code through such a module, the code's own module is hashed for the method.
+A method that gets code through such a module lists the code's own module in ``modules``.
 """
 
 SHARED_MODULES = (
@@ -42,10 +42,10 @@ SHARED_MODULES = (
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Hash modules, ``SHARED_MODULES``, and all vilu modules that they import.
+    """Hash the code in ``modules``, in ``SHARED_MODULES``, and in all vilu modules imported there.
 
-    Imports within functions are ignored. If a module is outside vilu, imported modules from the
-    same package are hashed as well. Comments and docstrings do not change the hash.
+    Imports within functions are ignored. If a module is outside vilu, the modules imported from its
+    own package are hashed, too. Comments and docstrings do not change the hash.
     """
     for name in modules:
         if _source_file(name) is None:
@@ -83,7 +83,7 @@ def _hash_and_imports(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
 
 def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
     """List all imported modules, and objects in modules, at a module's top level."""
-    package = module
+    package = module  # the package where relative imports begin
     if file.name != "__init__.py":
         package, _, _ = module.rpartition(".")
     names = []
@@ -92,9 +92,10 @@ def _imported_names(tree: ast.Module, module: str, file: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
-            if node.level:
+            if node.level:  # number of leading dots
                 source = resolve_name("." * node.level + source, package)
             names.append(source)
+            # an imported name may be a submodule
             names += [f"{source}.{alias.name}" for alias in node.names]
     return names
 
@@ -103,7 +104,7 @@ def _remove_docstrings(tree: ast.Module) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             code = [statement for statement in node.body if not _is_docstring(statement)]
-            node.body = code or [ast.Pass()]
+            node.body = code or [ast.Pass()]  # a body must have a statement
 
 
 def _is_docstring(statement: ast.stmt) -> bool:
@@ -157,7 +158,7 @@ def deciding_facts(study_data: StudyData, cell: Cell) -> dict[str, object]:
 def code_hash_of(config: Config, cell: Cell) -> str:
     """Hash the code that decides a cell's result.
 
-    A result with another hash was made by older code.
+    A result with another hash was made by other code.
     """
     fit_inputs = fit_inputs_of(config, cell)
     modules = [*predictor_of(config, cell).modules]

@@ -50,9 +50,10 @@ def fit_cell(
     fit_inputs: FitInputs,
     fit_results: dict[FitInputs, FitResult],
 ) -> FitResult:
-    """Fit a cell's predictor, if the method needs a fit, and return the result.
+    """Fit a cell's predictor, unless ``fit_results`` already has the result, and return the result.
 
-    ``fit_results`` maps the inputs of earlier fits to the results. New results are added.
+    A method that needs no fit gets a new predictor. ``fit_results`` maps the inputs of all fits so
+    far to the results, and new results are added.
     """
     if not fit_inputs.train:
         predictor = predictor_of(study_data.config, cell)
@@ -71,7 +72,7 @@ def fit_cell(
 def _fit_predictor(
     study_data: StudyData, cell: Cell, fit_inputs: FitInputs, earlier_fit: FitResult | None
 ) -> FitResult:
-    """Fit a predictor on the rows in ``fit_inputs``, from the weights in ``earlier_fit`` if any."""
+    """Fit a cell's predictor, from the weights of ``earlier_fit`` or else from scratch."""
     predictor = predictor_of(study_data.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refusal = None
@@ -123,7 +124,7 @@ def _with_epochs_for_steps(
     if config.method_entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-    # a training step takes a pool of captions, else the given batch size, else the default
+    # a training step takes a pool of captions, or else the given or the default batch size
     step_rows = train.pool_size or values["batch_size"] or default_batch_size(len(train))
     values["epochs"] = config.epochs_for(label, step_rows, len(train))
     return type(predictor)(**values)

@@ -1,4 +1,4 @@
-"""One small file with all data for the tables, figures and claims of finished studies.
+"""Keeps finished studies in one small file, with all data for their tables, figures and claims.
 
 The file is a Parquet table with a row for every run cell. The row has the cell's document and the
 bootstrap values, as whole multiples of ``ROUNDING_STEP``. The file has no scores of single rows,
@@ -72,7 +72,8 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
     results: dict[Path, CellResult] = {}
     for board in load_studies(run):
         name = board.config.name
-        if any(isinstance(view, HistogramView) for view in board.config.views):
+        has_histogram = any(isinstance(view, HistogramView) for view in board.config.views)
+        if has_histogram:
             raise UsageError(
                 f"the study {name} has a histogram of the scores of rows, which are not kept. "
                 "Keep the studies without it: run them in a folder of their own."
@@ -92,12 +93,12 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
-    """Return the file's columns: cell documents, and a column per metric and resample."""
+    """Make the file's columns: documents, two counts, and a column per metric and resample."""
     import pyarrow as pa
 
     values_of_cells = [_first_resamples(run, result) for result in results]
-    shape = np.max([values.shape for values in values_of_cells], axis=0)
-    multiples = np.full((len(results), *shape), UNDEFINED_MULTIPLE, dtype=np.uint16)
+    largest_shape = np.max([values.shape for values in values_of_cells], axis=0)
+    multiples = np.full((len(results), *largest_shape), UNDEFINED_MULTIPLE, dtype=np.uint16)
     for row, values in enumerate(values_of_cells):
         n_metrics, n_resamples = values.shape
         multiples[row, :n_metrics, :n_resamples] = _to_multiples(values)
@@ -110,7 +111,7 @@ def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:
         "n_metrics": pa.array([len(values) for values in values_of_cells]),
         "n_resamples": pa.array([values.shape[1] for values in values_of_cells]),
     }
-    for metric, resample in np.ndindex(*shape):
+    for metric, resample in np.ndindex(*largest_shape):
         columns[f"draw_{metric}_{resample}"] = pa.array(multiples[:, metric, resample])
     return columns
 
@@ -134,7 +135,7 @@ def _short_document(result: CellResult) -> str:
 
 
 def _to_multiples(values: Floats) -> Multiples:
-    defined_values = np.nan_to_num(values)
+    defined_values = np.nan_to_num(values)  # NaN is no whole number, and is replaced below
     multiples = np.rint(defined_values / ROUNDING_STEP).astype(np.uint16)
     multiples[np.isnan(values)] = UNDEFINED_MULTIPLE
     return multiples
@@ -169,7 +170,7 @@ def render_kept_file(
 
 
 def restore_run(file: Path, run: Path) -> None:
-    """Write a run folder from a file by ``keep_studies``. The cells have no row scores.
+    """Write a run folder from a file by ``keep_studies``, without the scores of single rows.
 
     Raises:
         DataError: If the file is damaged, or if ``keep_studies`` did not write the file.
@@ -191,7 +192,8 @@ def restore_run(file: Path, run: Path) -> None:
         n_metrics = table["n_metrics"].to_pylist()
         n_resamples = table["n_resamples"].to_pylist()
         for row, text in enumerate(table["document"].to_pylist()):
-            _restore_cell(text, multiples[row, : n_metrics[row], : n_resamples[row]], run)
+            own_multiples = multiples[row, : n_metrics[row], : n_resamples[row]]  # without padding
+            _restore_cell(text, own_multiples, run)
     except ValidationError as error:
         damage = first_error(error)
         raise DataError(f"{file} is damaged: {damage}. {RUN_AGAIN}.") from error

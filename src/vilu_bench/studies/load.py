@@ -1,4 +1,4 @@
-"""Reads a study's file, and the included file."""
+"""Reads a study's file, and the file that it includes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def load_configs(names: Sequence[Path | str]) -> list[Config]:
     for name in names:
         paths += find_studies(name)
     configs = [load_config(path) for path in paths]
-    n_configs = Counter(config.name for config in configs)
-    for name, count in n_configs.items():
+    name_counts = Counter(config.name for config in configs)
+    for name, count in name_counts.items():
         if count > 1:
             raise UsageError(
                 f"two benchmarks are called {name!r}. "
@@ -130,7 +130,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if table in selections:
             entries = _select_entries(entries, selections[table], f"{path.name}: {name}", table)
         merged[table] = entries | content.get(table, {})
-        if not merged[table]:
+        if not merged[table]:  # neither file has an entry
             del merged[table]
     return merged
 
@@ -158,7 +158,7 @@ def _is_table_of_lists(selections: object) -> bool:
 def _select_entries(
     entries: Mapping[str, Any], names: Sequence[object], file_names: str, table: str
 ) -> dict[str, Any]:
-    """Select the entries ``names`` of an included table.
+    """Select the entries of an included table that ``names`` lists.
 
     ``file_names`` and ``table`` name the files and the table in errors.
     """
@@ -202,7 +202,7 @@ def _error_message(name: str, error: ValidationError) -> str:
     return f"{name}, {'.'.join(steps)}: {reason}"
 
 
-# maximum numbers in a benchmark that ``shrink_config`` has made small
+# ``shrink_config`` cuts the numbers in a benchmark to these numbers
 SMOKE_SEEDS = 1
 SMOKE_RESAMPLES = 50
 SMOKE_IMAGES = 120
@@ -237,7 +237,7 @@ def _shrink_data(entry: Data) -> Data:
 
     The compact model gets pictures of 64 x 64 pixels.
     """
-    limits = [SMOKE_IMAGES]
+    limits = [SMOKE_IMAGES]  # the smallest limit is for all roles
     for role in ROLES:
         limit = entry.limit_of(role)
         if limit is not None:

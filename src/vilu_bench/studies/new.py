@@ -1,4 +1,4 @@
-"""A new study: a benchmark file that runs on a user's stores, to be changed by hand."""
+"""Writes a new study: a benchmark file for a user's stores, to be changed by hand."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class NewStudy(NamedTuple):
 
 
 def new_study(train: Path, test: Path | None, file: Path) -> NewStudy:
-    """Write a study's text, which compares the main methods on one store or on two stores.
+    """Write a study's text. The study compares the main methods on one store or on two stores.
 
     Without ``test``, the seed draws half of the rows in ``train`` to fit on, and the remaining half
     is tested on. The text is checked in the same way as by `vilu benchmark`.
@@ -112,7 +112,7 @@ def _labelled_store(path: Path) -> EmbeddingStore:
 
 
 def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
-    """Write a setting with few labels per class in TOML, or "" if no class has more labels."""
+    """Write a setting with ``FEW_LABELS`` labels per class, or "" if no class has more labels."""
     labels_per_class = store.target[store.target != UNKNOWN].bincount()
     most_labels = int(labels_per_class.max())
     if is_divided:
@@ -129,6 +129,7 @@ def _few_labels_setting(store: EmbeddingStore, *, is_divided: bool) -> str:
 def _toml_key(path: Path) -> str:
     """Turn a folder's name into a TOML key. The key is also a part of paths."""
     folder_name = path.resolve().name
+    # "my photos (2)" becomes "my_photos_2"
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", folder_name)
     return key.strip("_") or "data"
 
@@ -136,4 +137,5 @@ def _toml_key(path: Path) -> str:
 def _toml_path(path: Path, folder: Path) -> str:
     """Write a store's path below the folder as a TOML string."""
     relative_path = path.resolve().relative_to(folder)
+    # JSON and TOML quote strings in the same way
     return json.dumps(relative_path.as_posix(), ensure_ascii=False)

@@ -19,13 +19,13 @@ from vilu.errors import did_you_mean
 from vilu_bench.known_datasets.shift import DAMAGE_KINDS, MAX_SEVERITY
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-"""Name for a data set, a setting or a method. The name is used in file names."""
+"""Name for a data set, a setting or a method, such as "few-labels". File names contain it."""
 Names = tuple[str, ...]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-# metrics with intervals, of which the first ranks the methods
+# Metrics with intervals. The first metric ranks the methods.
 RANKING_METRICS = ("auroc", "fpr95")
 # These metrics replace ``RANKING_METRICS`` in a study whose methods judge different answers. AUROC
 # and FPR95 measure how well right and wrong answers are told apart, so they cannot compare such
@@ -83,7 +83,7 @@ class Shift(Section):
 
 
 class Limits(Section):
-    """Maximum image count for each role, taken evenly spaced. None: all images."""
+    """Maximum image count for each role. The taken images are evenly spaced. None: all images."""
 
     train: Count | None = None
     validation: Count | None = None
@@ -103,7 +103,7 @@ class Data(Section):
     # stores with the same images (and perhaps more) from a second model, for methods with two
     # models
     second: StorePaths | None = None
-    backbone: str = "compact"
+    backbone: str = "compact"  # model for embedding the images
     # class names for the prompts, in label order, by default the data set's own names
     classes: Names | None = None
     # whether a known data set's class names are used in prompts unchanged, with underscores
@@ -112,7 +112,7 @@ class Data(Section):
     where: dict[str, str] = Field(default_factory=dict)
     # Whether images have captions instead of classes. With captions there is a single store. The
     # roles are folds of the captions ("train", "validation", "test"), and each image is matched
-    # with the captions in the pool.
+    # with the captions in its pool.
     captions: bool = False
     # number of captions in a pool, in training and in testing. A setting may replace the number in
     # testing.
@@ -121,8 +121,9 @@ class Data(Section):
     train: str = "train"  # split to fit on, where ``+`` joins several splits
     # Split on which methods select, for example, the number of epochs. A number instead of a name
     # is the share of training rows to hold out for selection, even if ``stores`` names validation
-    # rows. A hash of the picture decides which rows. None: the validation store, if ``stores``
-    # names one. Otherwise a method that selects holds out training rows itself.
+    # rows. A hash of the picture decides which rows are held out. None: the validation store, if
+    # ``stores`` names one, or else no rows. In the latter case a method that selects holds out
+    # training rows itself.
     validation: Annotated[str | Share | None, Field(validate_default=True)] = None
     test: str = "test"  # split to test on
     # Only if train and test are the same set of rows: the share of these rows to fit on. The seed
@@ -133,7 +134,7 @@ class Data(Section):
     # prompts, or names of prompt sets, to store separately, as ``vilu embed --prompts`` does
     prompts: Names = ("ensemble",)
     negatives: bool = False  # whether to store everyday words, as ``vilu embed --negatives`` does
-    # maximum image count for each split, taken evenly spaced
+    # Maximum image count for each split. The taken images are evenly spaced.
     limit: Count | Limits | None = None
     # Number of tar files to read. For images in tar files, this number replaces ``limit``, because
     # these images are not counted in advance.
@@ -158,7 +159,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
-        """Refuse contradictory settings for a data set."""
+        """Refuse contradictory values for a data set."""
         has_images = self.source is not None or self.dataset is not None
         if self.stores is not None and has_images:
             raise ValueError("a data set has either a source or stores")
@@ -178,7 +179,7 @@ class Data(Section):
         return self
 
     def _check_captions(self) -> None:
-        """Refuse settings that are impossible for a data set with captions."""
+        """Refuse values that are impossible for a data set with captions."""
         if self.classes is not None or isinstance(self.validation, float):
             raise ValueError(
                 "captions have no classes, and their validation set is the fold of that name"

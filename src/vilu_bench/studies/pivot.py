@@ -74,12 +74,13 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
         if entrant.results:
             _, data, setting = entrant.method_case
             numbers = _row_numbers_in_words(entrant)
-            settings_by_numbers.setdefault((data, numbers), {})[setting] = None
-    n_texts = Counter(data for data, _ in settings_by_numbers)
+            settings = settings_by_numbers.setdefault((data, numbers), {})
+            settings[setting] = None
+    text_counts = Counter(data for data, _ in settings_by_numbers)
     parts = []
     for (data, numbers), settings in settings_by_numbers.items():
         title = board.config.data[data].title or data
-        if n_texts[data] > 1:
+        if text_counts[data] > 1:
             title += f" ({', '.join(settings)})"
         parts.append(f"{title} {numbers}")
     return f"Test rows: {'; '.join(parts)}."
@@ -119,8 +120,8 @@ def _seeds_note(entrants: Sequence[Entrant]) -> str:
 def _methods_in_words(entrants: Sequence[Entrant], all_entrants: Sequence[Entrant]) -> str:
     """Name the methods in ``entrants``, as text.
 
-    If ``entrants`` has all the method's entrants in ``all_entrants``, the name stands alone. If
-    not, the name is followed by data sets and settings from ``entrants``, in parentheses.
+    If a method has further entrants in ``all_entrants``, the data sets and settings of its
+    ``entrants`` follow the name in parentheses.
     """
     cases_of_method: dict[str, list[str]] = {}
     for entrant in entrants:
@@ -169,6 +170,7 @@ def _differences_in_words(
     for name, entry in entries.items():
         if entry.paper_name and entry.backbone not in published_models:
             our_models[entry.backbone] = None
+        # our data are used in place of the data in the publication
         if entry.published and entry.published not in {entry.dataset, name}:
             other_data.append(f"{entry.title or name} for {entry.published}")
     differences = []
@@ -199,7 +201,7 @@ def _refusal_notes(entrants: Sequence[Entrant]) -> list[str]:
 
 
 DATA_OF_MEAN = "mean"  # data set in the key for a mean over several data sets
-SIGNIFICANCE_LEVEL = 0.05  # two methods with a p-value of at least this are tied
+SIGNIFICANCE_LEVEL = 0.05  # two methods are tied if their difference has at least this p-value
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def make_table_number(config: Config, key: NumberKey, mean: MethodMean) -> Table
     published = published_number(config, key, parts)
     for part in parts:
         if not part.results:
-            return TableNumber(key.metric, None, published=published, why=part.reason)
+            return TableNumber(key.metric, value=None, published=published, why=part.reason)
     value = mean.mean(key.metric)
     interval = None
     if value is not None and key.metric in config.ranking_metrics:
@@ -361,11 +363,12 @@ def _with_ranks(
     for keys in _competing_keys(numbers, competing_fields):
         metric = keys[0].metric  # the same for all keys
         sign = -1 if METRICS[metric].higher_is_better else 1
-        losses = {key: sign * (numbers[key].value or 0.0) for key in keys}  # the smallest is best
+        # The smallest loss is best. Competing numbers have values, never None.
+        losses = {key: sign * (numbers[key].value or 0.0) for key in keys}
         distinct_losses = sorted(set(losses.values()))
         best_means = [means[key] for key in keys if losses[key] == distinct_losses[0]]
         for key in keys:
-            n_better = distinct_losses.index(losses[key])
+            n_better = distinct_losses.index(losses[key])  # number of different smaller losses
             is_tied = n_better > 0 and any(
                 _is_tied(means[key], best, metric) for best in best_means
             )

@@ -98,7 +98,8 @@ def size_table(table: ResultTable) -> str:
     for dataset in datasets:
         _, _, size = (dataset or "").rpartition(" ")  # the name is "NAME, pool SIZE"
         sizes.append(size)
-        accuracies.append(f"{100 * row_of[first_method, dataset, 'auroc'].accuracy:.1f}")
+        accuracy = row_of[first_method, dataset, "auroc"].accuracy
+        accuracies.append(f"{100 * accuracy:.1f}")
     lines = [sizes, accuracies]
     for method in methods:
         line = [method or ""]

@@ -26,12 +26,12 @@ class RankedMethod:
     variant: str  # suffix on the method's label, such as " (model)", empty for most methods
     rank: int  # 1 + the number of methods with a higher mean of the ranking metric
     n_runs: int  # number of different results in the mean, which is 1 if the seed changes nothing
-    values: dict[str, float | None]  # mean over seeds by metric, or None if undefined
+    values: dict[str, float | None]  # each metric's mean over seeds, or None if undefined
     # bootstrap intervals over test rows and seeds, by metric in ``Config.ranking_metrics``
     intervals: dict[str, Interval]
     against: str | None  # the best other method, or None if there is none
-    # Ranking metric minus the ranking metric of ``against``, paired over common seeds. None: there
-    # is no other method or no common seed.
+    # Mean ranking metric minus that of ``against``, over the seeds that both have. None: there is
+    # no other method or no common seed.
     gap: Difference | None
     refused_seeds: tuple[int, ...]  # seeds without a result for the method
 
@@ -52,6 +52,10 @@ class RankedMethod:
         return content
 
 
+Contest = Mapping[str, float]
+"""Maps each method to its ranking metric, on one data set, in one setting, with one seed."""
+
+
 @dataclass(frozen=True)
 class Ranking:
     """All methods on a data set in a setting, best first."""
@@ -62,9 +66,8 @@ class Ranking:
     n: tuple[int, ...]  # the different numbers of test rows
     n_failures: tuple[int, ...]  # the different numbers of wrong answers
     lines: tuple[RankedMethod, ...]  # methods with a result
-    refused: dict[str, str]  # methods without a result, with the reason
-    # Maps a seed to each method's ranking metric. If a seed was not planned for all methods in
-    # ``lines``, the seed is left out.
+    refused: dict[str, str]  # maps methods without a result to the reason
+    # Contests (``Contest``) by seed, for the seeds that were planned for all methods in ``lines``.
     contests: dict[int, dict[str, float]]
     # the different numbers of test rows with pictures outside all classes
     n_outside: tuple[int, ...] = ()
@@ -78,18 +81,14 @@ class Ranking:
         return content
 
 
-Contest = Mapping[str, float]
-"""Maps each method to its ranking metric, on one data set, in one setting, with one seed."""
-
-
 @dataclass(frozen=True)
 class Standing:
     """A method's wins and mean rank over all contests (``Contest``)."""
 
     method: str
-    # Number of contests that the method wins. If k methods tie, each gets 1/k.
+    # Number of contests that the method wins. If k methods win together, each gets 1/k.
     wins: float
-    # mean rank over the method's contests, where tied methods get the mean of the tied ranks
+    # Mean rank over the method's contests. Tied methods share the mean of the ranks they occupy.
     mean_rank: float
     contests: int  # number of contests with the method
 
@@ -142,6 +141,7 @@ def _result_rows(board: Board) -> list[ResultRow]:
     )
     for result_cell, _, setting in distinct_results:
         for row in board.results[result_cell].results:
+            # the result may be that of a cell in another setting
             row_of_setting = replace(row, split=setting)
             rows.append(row_of_setting)
     return rows
@@ -159,7 +159,7 @@ def standings(contests: Sequence[Contest]) -> tuple[Standing, ...]:
             # tied methods share the mean of the ranks n_better + 1 to n_better + n_equal
             rank = 1 + n_better + (n_equal - 1) / 2
             ranks.setdefault(method, []).append(rank)
-            wins.setdefault(method, 0.0)  # at the first contest, a method has no wins
+            wins.setdefault(method, 0.0)  # before its first contest, a method has no wins
             if n_better == 0:
                 wins[method] += 1 / n_equal
     all_standings = [
@@ -240,8 +240,9 @@ def _ranked_method(
     against = None
     gap = None
     if rivals:
-        against = rivals[0].method
-        difference = entrant.difference_from(rivals[0], entrant.ranking_metrics[0])
+        best_rival = rivals[0]
+        against = best_rival.method
+        difference = entrant.difference_from(best_rival, entrant.ranking_metrics[0])
         gap = _difference_or_none(difference, config.confidence)
     first_result = next(iter(entrant.results.values()))
     intervals = {

@@ -61,7 +61,7 @@ class CellResult(Section):
     variant: str = ""  # suffix on the method's label, such as " (model)", empty for most methods
     test_rows: str  # hash of the rows tested on
     n_train: int | None = None  # number of training rows, or None if nothing was fitted
-    results: tuple[ResultRow, ...] = ()  # a row per metric, whose ``split`` is the setting
+    results: tuple[ResultRow, ...] = ()  # a row per metric, with the setting as ``split``
     refused: Refusal | None = None  # why there are no results
     warnings: tuple[str, ...] = ()  # warnings from the fit and from scoring
     # SHA-256, by suffix, for the two files beside this document, empty for a refused cell
@@ -103,7 +103,7 @@ class CellResult(Section):
 
 
 def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
-    """Load a cell's result, or return None if missing, damaged, or with another fingerprint.
+    """Load a cell's result. Return None if missing, damaged, or with another fingerprint.
 
     Raises:
         ProvenanceError: If the document has the schema of another vilu version.
@@ -149,7 +149,7 @@ def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
-    """Load a finished cell's bootstrap values (M, B)."""
+    """Load a finished cell's bootstrap values (M ranking metrics, B resamples)."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
     with convert_os_errors(f"cannot read {path}"):
         values: Floats = np.load(path, allow_pickle=False)
@@ -159,7 +159,7 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
 def bootstrap_metrics(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str
 ) -> Floats:
-    """Compute ``RANKING_METRICS`` on B resamples of the test rows, as values (M, B).
+    """Compute the M ``RANKING_METRICS`` on B resamples of the test rows, as an array (M, B).
 
     ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
     cells with the same test rows have the same resamples, for any method and training seed,
@@ -168,19 +168,21 @@ def bootstrap_metrics(
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKING_METRICS}
-    values = values_on_resamples(kernels, scores, n_resamples, int(rows_hash, 16))
+    seed = int(rows_hash, 16)
+    values = values_on_resamples(kernels, scores, n_resamples, seed)
     return np.stack([values[name] for name in RANKING_METRICS])
 
 
 def bootstrap_across_answers(
     uncertainty: Floats, failure: Ints, n_resamples: int, rows_hash: str, metrics: Names
 ) -> Floats:
-    """Compute metrics (M, B) on B resamples, where methods judge different answers.
+    """Compute M metrics on B resamples, as an array (M, B), for methods with different answers.
 
     The resamples are as in ``bootstrap_metrics``, but without strata for right and wrong rows. Such
     strata do not fit all methods: each method judges different answers, and different rows are
     wrong for each method.
     """
     kernels = {name: METRICS[name].kernel for name in metrics}
-    values = values_without_strata(kernels, uncertainty, failure, n_resamples, int(rows_hash, 16))
+    seed = int(rows_hash, 16)
+    values = values_without_strata(kernels, uncertainty, failure, n_resamples, seed)
     return np.stack([values[name] for name in metrics])

@@ -91,7 +91,7 @@ def run_group(study_data: StudyData, cells: Sequence[Cell], root: Path) -> Itera
 
 
 def refuse_other_classes(study_data: StudyData, cell: Cell) -> Refusal | None:
-    """Return a refusal if a closed-set method meets unknown candidates, or else None.
+    """Return a refusal if a closed-set method meets other candidates than in its fit, or else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
@@ -129,6 +129,7 @@ def write_result(study_data: StudyData, cell: Cell, fit_result: FitResult, root:
     with collected_warnings() as score_warnings:
         try:
             outcomes, timing = score_test_rows(study_data, cell, fit_result, truth)
+            # no resamples here, because ``_bootstrap_values`` draws the resamples
             rows = evaluate(outcomes, metrics=study_data.config.metrics, n_resamples=0).rows
         except REFUSALS as error:
             refused_result = result.model_copy(update={"refused": refusal_from(error)})
@@ -186,7 +187,7 @@ def score_test_rows(
     start_time = time.perf_counter()
     uncertainty = predictor.predict_uncertainty(test)
     seconds = time.perf_counter() - start_time
-    failure = truth.failure
+    failure = truth.failure  # of zero-shot answers
     if predictor.answer != "zero_shot":
         failure = score(predictor, test).failure
     outcomes = Outcomes(
@@ -204,7 +205,7 @@ def score_test_rows(
     return outcomes, Timing(
         fit_seconds=fit_result.seconds,
         score_seconds=seconds,
-        rows_per_second=len(test) / max(seconds, 1e-9),
+        rows_per_second=len(test) / max(seconds, 1e-9),  # no division by zero
     )
 
 
@@ -261,8 +262,10 @@ class CellRunner:
             context = multiprocessing.get_context("spawn")
             data_arguments: list[StudyDataArguments] = []
             for study_data in data_of_studies:
+                # copies as dicts, because a MappingProxyType cannot be sent to a process
                 folders = dict(study_data.folders)
-                data_arguments.append((study_data.config, folders, dict(study_data.second_folders)))
+                second_folders = dict(study_data.second_folders)
+                data_arguments.append((study_data.config, folders, second_folders))
             modules = plugins()
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 jobs, context, _start_worker, (modules, data_arguments)
@@ -282,7 +285,7 @@ class CellRunner:
                 worker.join()
 
     def run(self, study_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
-        """Run groups of cells with a common fit. Yield every cell after writing the file.
+        """Run groups of cells with a common fit. Yield every cell after writing its files.
 
         ``study_index`` is the index of the cells' benchmark in ``data_of_studies``.
         """
@@ -290,7 +293,7 @@ class CellRunner:
             for cells in groups:
                 yield from run_group(self._data_of_studies[study_index], cells, root)
             return
-        with ctrl_c_blocked():  # the workers start with the first cells
+        with ctrl_c_blocked():  # the workers start here, and must not get Ctrl-C
             futures = [
                 self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
             ]
@@ -316,7 +319,8 @@ def run_cells(
         task.advance(n_done)
         for n_run_cells, cell in enumerate(runner.run(study_index, groups, root), start=1):
             seconds_per_cell = (time.monotonic() - started) / n_run_cells
-            time_left = timedelta(seconds=round(seconds_per_cell * (n_cells - n_run_cells)))
+            seconds_left = seconds_per_cell * (n_cells - n_run_cells)
+            time_left = timedelta(seconds=round(seconds_left))
             task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {time_left} left; {cell}")
 
 
@@ -458,6 +462,7 @@ class _OpenBenchmark:
         missing_cells = [cell for cell in cells_of_share if cell not in finished_cells]
         if not missing_cells:
             logger.info("%s: all cells are there: there is nothing to do", config.name)
+        # missing cells whose document is there, but is not valid
         n_stale = sum((output / cell.path).is_file() for cell in missing_cells)
         if n_stale:
             logger.info(

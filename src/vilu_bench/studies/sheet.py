@@ -108,7 +108,8 @@ BOLD_LEGEND = "Bold: best; underlined: second best"  # for Markdown and LaTeX
 def to_text(sheet: Sheet) -> str:
     """Write the table as aligned plain text, with the notes last."""
     n_labels = len(sheet.row_fields)
-    lines = [[" / ".join(sheet.row_fields), *map(" / ".join, sheet.columns)]]
+    column_headings = [" / ".join(labels) for labels in sheet.columns]
+    lines = [[" / ".join(sheet.row_fields), *column_headings]]
     for line in _body_lines(sheet, str, _plain_cell):
         # a row's labels share a column, and every cell has a separate column
         lines.append([" / ".join(line[:n_labels]), *line[n_labels:]])
@@ -282,8 +283,8 @@ def _merged_headings(labels: Sequence[tuple[str, ...]]) -> list[str]:
     ``labels`` has, for every column, the labels from the first heading line down to this line.
     """
     heads = []
-    for label, neighbours in groupby(labels):
-        head = escape_latex(label[-1])
+    for labels_of_column, neighbours in groupby(labels):
+        head = escape_latex(labels_of_column[-1])  # the label in this line
         width = len(list(neighbours))
         if width > 1:
             head = rf"\multicolumn{{{width}}}{{c}}{{{head}}}"

@@ -1,4 +1,4 @@
-"""A study's embedding stores, made once for all cells."""
+"""Makes and finds a study's embedding stores. All cells use the same stores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def cut_images(images: ImageDataset, limit: int | None, shards: int | None) -> I
 
 
 def evenly_spaced(n_rows: int, n_chosen: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Choose ``n_chosen`` evenly spaced indices from 0 to n_rows - 1, in ascending order."""
+    """Choose ``n_chosen`` evenly spaced indices from 0 to n_rows - 1, in ascending order.
+
+    For example, 4 of 10 rows have the indices 0, 2, 5 and 7.
+    """
     return np.arange(n_chosen, dtype=np.int64) * n_rows // n_chosen
 
 
@@ -74,7 +77,7 @@ def make_stores(
     *,
     models: Path | None = None,
 ) -> dict[Part, Path]:
-    """Return each part's store folder, after missing stores are embedded.
+    """Embed missing stores, and return each part's store folder.
 
     An interrupted embedding is continued. If ``models`` is given, a present store must have been
     made by the model in this folder.
@@ -145,7 +148,8 @@ def store_of(part: Part, entry: Data, data_folder: Path, output: Path) -> Path:
             (columns.features, columns.views, columns.prompts),
             *_word_lists(entry),
         ]
-    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE_PREFIX)).stem
+    source = str(entry.source).removeprefix(PACKAGE_PREFIX)
+    stem = entry.dataset or Path(source).stem
     rows_in_name = "pairs" if entry.captions else role
     return output / "stores" / f"{stem}-{rows_in_name}-{digest(recipe)[:8]}"
 
@@ -177,7 +181,8 @@ def _ready_made_folder(
         data_folder: Base folder for relative paths.
 
     Raises:
-        UsageError: If the data set names no store for the role, or if the folder does not exist.
+        UsageError: If the data set names no store for the role, or if there is no folder at a
+            relative path.
     """
     named_folder = getattr(paths, role)
     if named_folder is None:

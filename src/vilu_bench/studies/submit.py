@@ -47,10 +47,10 @@ class Submission(Section):
     """The metadata in a submitted file. The file's rows are scores, as from ``vilu score``."""
 
     schema_version: Literal[2] = 2
-    # distribution and version for a method from outside vilu, or "" for our methods
+    # "" for our methods. For a method from outside vilu, its package and version: "my-package 1.2".
     made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]
     result: CellResult  # the run folder's result document
-    # (setting, seed) pairs for all cells with this result: all deciding facts are equal there
+    # (setting, seed) of every cell with this result. All facts that decide the result are equal.
     stands_for: tuple[tuple[str, int], ...]
 
 
@@ -63,7 +63,7 @@ class SubmittedFile(NamedTuple):
 
 
 def export_cells(boards: Iterable[Board], run: Path, label: str, folder: Path) -> list[Path]:
-    """Write a method's cells as files, in a folder per data set and setting.
+    """Write a method's cells as files ``DATA/SETTING/METHOD/seed-SEED.parquet`` below ``folder``.
 
     Raises:
         UsageError: If no study has a result for the method, or if a study has adapted answers.
@@ -113,7 +113,7 @@ def _write(
 
 
 def _maker(board: Board, method: str) -> str:
-    """Return distribution and version for a method from outside vilu, or "" for our methods."""
+    """Return package and version for a method from outside vilu, or "" for our methods."""
     cls = board.config.class_of(method)
     entries = home_of(cls)  # empty for our methods
     distribution = entries.get("home", {}).get("distribution")
@@ -142,12 +142,9 @@ def add_submissions(boards: Sequence[Board], run: Path, files: Iterable[Path]) -
     placed_files: set[Path] = set()
     for board in boards:
         _refuse_adapted(board)
-        pairs = []
-        for submitted_file in submitted_files:
-            for cell in _matching_cells(board, submitted_file):
-                pairs.append((submitted_file, cell))
-                placed_files.add(submitted_file.path)
+        pairs = _files_and_cells(board, submitted_files)
         pairs_by_board.append(pairs)
+        placed_files.update(submitted_file.path for submitted_file, _ in pairs)
     for submitted_file in submitted_files:
         if submitted_file.path not in placed_files:
             raise DataError(
@@ -180,10 +177,22 @@ def _read(path: Path) -> SubmittedFile:
             f"{path} must have every row once, in order: row_id must be 0 to {len(table) - 1}."
         )
     cell = submission.result.cell
+    # a cell has no ``answer``, so the scores' own answer is expected
     expected = (cell.method, cell.data, cell.setting, cell.seed, outcomes.answer)
     if tuple(identity_fields(outcomes).values()) != expected:
         raise DataError(f"{path} says that it is {cell}, and its scores are of another cell.")
     return SubmittedFile(path, submission, outcomes)
+
+
+def _files_and_cells(
+    board: Board, submitted_files: Iterable[SubmittedFile]
+) -> list[tuple[SubmittedFile, Cell]]:
+    """Pair each submitted file with every cell of the study to compare the file with."""
+    pairs = []
+    for submitted_file in submitted_files:
+        for cell in _matching_cells(board, submitted_file):
+            pairs.append((submitted_file, cell))
+    return pairs
 
 
 def _matching_cells(board: Board, submitted_file: SubmittedFile) -> list[Cell]:
@@ -403,5 +412,5 @@ def _fault_of_metrics(result: CellResult, rows: Iterable[ResultRow]) -> str | No
 
 def _is_same_number(a: float | None, b: float | None) -> bool:
     if a is None or b is None:
-        return a is b
+        return a is b  # true if both are None
     return math.isclose(a, b, abs_tol=1e-9)

@@ -56,7 +56,7 @@ class StudyNames(Protocol):
         """Metrics with intervals. The first metric ranks the methods."""
 
     def entries_of(self, axis: str) -> Mapping[str, AxisEntry]:
-        """Return what ``axis`` names: methods by label, or data sets or settings by name."""
+        """Return all entries on ``axis``: methods by label, data sets by name, settings by name."""
 
     @property
     def submitted_methods(self) -> Names:
@@ -92,7 +92,7 @@ class View(Section):
     data: Names | None = None  # data sets to show, in this order, or None for all
     settings: Names | None = None  # settings to show, in this order, or None for all
     metrics: Annotated[Names, Field(min_length=1)] = RANKING_METRICS  # metrics to show
-    mean: Names = ()  # data sets to average, shown beside the data sets, or empty for no mean
+    mean: Names = ()  # data sets to average, or empty for no mean
     means_only: bool = False  # whether to show only the mean, without the single data sets
 
     @property
@@ -188,8 +188,8 @@ class TableView(View):
         """Refuse unknown fields, and a field in both rows and columns."""
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, KEY_FIELDS)
-        n_uses = Counter((*self.rows, *self.columns))
-        for name, count in n_uses.items():
+        use_counts = Counter((*self.rows, *self.columns))
+        for name, count in use_counts.items():
             if count > 1:
                 raise ValueError(f"{name} is both in the rows and in the columns")
         return self
@@ -287,7 +287,7 @@ class GridView(View):
 
 
 class RankingView(View):
-    """For each data set and setting a table with all methods, best first, and then the wins."""
+    """A table for each data set and setting, with all methods, best first, and a table of wins."""
 
     kind: Literal["ranking"]
 
@@ -332,7 +332,7 @@ class Claim(Section):
     @property
     @abstractmethod
     def subjects(self) -> tuple[Names, Names]:
-        """Methods and settings in the claim."""
+        """The claim's methods, and the claim's settings."""
 
     def check(self, study_names: StudyNames) -> None:
         """Raise a ValueError if a name is unknown, or if the claim cannot be decided."""
@@ -420,7 +420,7 @@ def published_tables() -> dict[str, dict[PublishedKey, tuple[PublishedNumber, ..
     for row in rows:
         key = row["dataset"], row["setting"], row["method"], row["metric"]
         numbers_of_key = tables.setdefault(row["table"], {})
-        value = round(float(row["percent"]) / 100, 6)
+        value = round(float(row["percent"]) / 100, 6)  # 0.7 / 100 is 0.006999999999999999
         number = PublishedNumber(value, row["backbone"], row["source"], row["doubt"])
         earlier_numbers = numbers_of_key.get(key, ())
         if number.backbone in {earlier.backbone for earlier in earlier_numbers}:

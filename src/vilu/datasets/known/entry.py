@@ -188,9 +188,10 @@ class Place:
     outer_folders: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:
-        """Return the first existing file in ``names``, in ``folder`` or ``outer_folders``.
+        """Return the first existing file with a name in ``names``. Return None if there is none.
 
-        A link to nowhere is returned, too. Reading the link then reports the error.
+        The search is in ``folder``, and then in ``outer_folders``. A link to nowhere is returned,
+        too. Reading the link then reports the error.
         """
         for folder in (self.folder, *self.outer_folders):
             for name in names:
@@ -219,9 +220,9 @@ class Place:
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Find a data set below ``root``, or in ``root`` itself. Return None if not found.
 
-    ``named`` is true if the user has named the data set. Then ``root`` may be the data set's
-    folder, whatever the name is. If ``named`` is false, ``root`` may be the data set's folder only
-    if ``root`` has a usual name.
+    ``named`` is true if the user has named the data set. Then ``root`` itself may be the data set's
+    folder, with any name. If ``named`` is false, ``root`` is taken for the data set's folder only
+    if it has a usual name.
     """
     if not root.is_dir():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Methods with a Gaussian per class: the predicted class's density at an image."""
+"""Methods that fit a Gaussian to every class, and score an image by the answer's class density."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from vilu.predictors.contract.labelled import class_texts
 from vilu.predictors.contract.predictor import CLASSES, Learnt
 
 BlockReader = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
-"""Function from rows to an iterator over blocks: positions (a slice) and images (b, D).
+"""Function that reads rows in blocks: it yields a block's positions (a slice) and images (b, D).
 
 ``image_blocks`` is such a function, with images of unit norm.
 """
 
 NEGLIGIBLE_VARIANCE = 1e-12
-"""Unit vectors count as equal if the variance is at most this."""
+"""Unit vectors count as equal if their variance is at most this number."""
 RELATIVE_RIDGE = 1e-9
 """``whitener`` adds the mean variance times this number to a covariance's diagonal.
 
-Otherwise a covariance could not be inverted if the embeddings span only a subspace.
+Without this addition, a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
-"""The ridge is at least this share of the largest mean variance.
+"""The ridge is at least this share of the largest mean variance in a covariance.
 
 A smaller ridge would be lost in rounding.
 """
@@ -53,7 +53,8 @@ def class_means(
     count = torch.bincount(label, minlength=n_classes)
     count_column = count.clamp(min=1)[:, None]
     mean = total / count_column
-    mean[count == 0] = total.sum(dim=0) / max(len(label), 1)
+    mean_of_all = total.sum(dim=0) / max(len(label), 1)
+    mean[count == 0] = mean_of_all
     return mean, count
 
 
@@ -92,7 +93,8 @@ def whitener(covariance: Tensor, relative_ridge: float = RELATIVE_RIDGE) -> Tens
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-# There are several covariances, and every class uses one. The covariance index is the class group.
+# There are several covariances, and every class uses one. The index of this covariance is the
+# class's group.
 ABSENT_GROUP = 0
 """Covariance index for classes without images. The covariance is over all images."""
 POOLED_GROUP = 1
@@ -110,7 +112,8 @@ class ClassDensity(ClosedSet):
     """
 
     cost: ClassVar[str] = "fit: four passes, one covariance per class; score: K x 128^2 per row"
-    # see ``require_forms``; R principal components, G covariances
+    # types and sizes of the tensors, for R principal components and G covariances. For example,
+    # "centre:dD" is a float64 tensor (D,). ``require_forms`` explains the notation.
     _forms: ClassVar[str] = (
         "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
     )
@@ -125,8 +128,8 @@ class ClassDensity(ClosedSet):
     ) -> dict[str, Tensor]:
         """Fit the Gaussians in at most ``max_components`` principal components.
 
-        ``ridge`` is added to every covariance's diagonal. ``relative_ridge`` is as in
-        ``whitener``. The result has the tensors by name.
+        Return the learned tensors by name. ``ridge`` is added to every covariance's diagonal.
+        ``relative_ridge`` is as in ``whitener``.
         """
         label = class_labels(train)
         means, count = class_means(train, label, train.source.n_candidates, read_blocks)
@@ -166,10 +169,11 @@ class ClassDensity(ClosedSet):
         log_density, is_seen = self._log_densities(batch, image)
         answer_log_density_column = log_density.gather(1, answer_column)
         answer_log_density = answer_log_density_column.squeeze(1)
-        # Classes without training images are no rivals. Such a class has the density of all images.
-        # For every image slightly unlike the true class, this density would be the largest.
+        # Only classes with training images count. A class without training images has the density
+        # of all images. This density would be the largest for every image that differs slightly
+        # from its class.
         log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
-        # the answer is no rival
+        # the answer itself does not count
         log_density_of_rivals = log_density_of_seen.scatter(1, answer_column, -math.inf)
         log_sum_of_rivals = log_density_of_rivals.logsumexp(dim=1)
         # If no rival has images, log sum_{c != a} N_c is minus infinity. This value is replaced by
@@ -178,9 +182,9 @@ class ClassDensity(ClosedSet):
         return log_sum_of_rivals.masked_fill(has_no_rival, 0.0) - answer_log_density
 
     def _log_densities(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute log N_c (B, K) float64 up to a constant.
+        """Compute log N_c (B, K) float64 up to a constant, and a mask (K,) of the classes.
 
-        The second result is a mask (K,): true for classes with training images.
+        The mask is true for classes with training images.
         """
         classes = self.classes_of(batch.text)
         groups = self.tensor("groups", image.device)[classes.to(image.device)]
@@ -349,8 +353,8 @@ def class_scatters(
     """
     large_classes = (count > 1).nonzero().squeeze(1)
     groups = torch.where(count > 0, POOLED_GROUP, ABSENT_GROUP)
-    groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1
-    # row positions for each class: the positions sorted by class, and split between classes
+    groups[large_classes] = torch.arange(len(large_classes)) + POOLED_GROUP + 1  # one group each
+    # The row positions are sorted by class. Then they are split into one tensor per class.
     positions_of_class = label.argsort(stable=True).split(count.tolist())
     rank = basis.shape[1]
     scatters = basis.new_zeros(len(large_classes), rank, rank)

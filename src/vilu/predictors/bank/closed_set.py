@@ -31,7 +31,7 @@ class ClosedSet(FailurePredictor):
         A class is recognised by the text embedding.
 
         Raises:
-            ProvenanceError: If a candidate is no learned class, or two candidates are the same
+            ProvenanceError: If a candidate is not a learned class, or two candidates are the same
                 class.
         """
         learned_text = self.tensor(CLASSES, text.device)
@@ -49,7 +49,7 @@ class ClosedSet(FailurePredictor):
         return class_index
 
     def _other_classes_error(self, n_candidates: int, fault: str) -> ProvenanceError:
-        """Make the error for candidates that are not the learned classes."""
+        """Return the error for candidates that are not the learned classes."""
         return ProvenanceError(
             f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. "
             f"Of the {n_candidates} candidates of these data, {fault}. Fit it on the classes of "

@@ -41,8 +41,8 @@ def fit_regression(
     bias[seen_classes] = 0.0
     if len(seen_classes) == 1:
         return weight, bias
-    # In every image the mean over all images is the largest part. If this mean were not subtracted,
-    # L-BFGS would converge slowly.
+    # Every image is largely the mean of all images. If the mean were not subtracted, L-BFGS would
+    # converge slowly.
     centre = image.mean(dim=0)
     model = LogisticRegression(C=inverse_penalty, max_iter=max_iter)
     with warnings.catch_warnings():
@@ -60,10 +60,11 @@ def fit_regression(
 
 @dataclasses.dataclass
 class ClassRegression(ClosedSet):
-    """A method that scores answers by a softmax. The logits are linear in the image."""
+    """A method that scores answers by a softmax of logits. The logits are linear in the image."""
 
     is_probability: ClassVar[bool] = True
-    # see ``require_forms``: weight (K, D) and bias (K,) for the logits, class texts (K, D)
+    # Weight (K, D) and bias (K,) make the logits, and the classes (K, D) are texts. "d" means
+    # float64 and "f" float32 (see ``require_forms``).
     _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     def _logits(self, batch: Batch) -> Tensor:
@@ -83,8 +84,8 @@ class ClassRegression(ClosedSet):
     def _score(self, batch: Batch) -> Tensor:
         logits = self._logits(batch)
         log_odds = failure_log_odds(logits, batch)
-        # An answer without training images has the uncertainty 1. This number is set directly,
-        # because the softmax is 0 / 0 if no candidate has training images.
+        # An answer without training images gets the uncertainty 1. The 1 is set directly, because
+        # the softmax would be 0 / 0 if no candidate has training images.
         answer_column = batch.prediction.to(logits.device)[:, None]
         answer_logit_column = logits.gather(1, answer_column)
         answer_logit = answer_logit_column.squeeze(1)
@@ -120,7 +121,7 @@ class LinearProbe(ClassRegression):
         >>> angle = np.linspace(0, np.pi / 2, 100)
         >>> image = np.c_[np.cos(angle), np.sin(angle)]
         >>> text = np.eye(2)  # class 0 is at 0 degrees, class 1 at 90 degrees
-        >>> target = np.repeat([0, 1], [70, 30])  # truth 0 up to 63 degrees, answer 0 up to 45
+        >>> target = np.repeat([0, 1], [70, 30])  # truth: 0 up to 63 degrees, answer: 0 up to 45
         >>> train = vilu.Embeddings(image, text, target=target)
         >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], text)  # 0, 53, 90 degrees
         >>> method = vilu.PREDICTORS["linear_probe"]()

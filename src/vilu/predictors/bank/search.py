@@ -35,8 +35,7 @@ BANK_BLOCK_ROWS = 8_192
 def draw_rows(train: Rows, max_rows: int, seed: int) -> tuple[Rows, Tensor]:
     """Draw at most ``max_rows`` training rows at random, in the order of ``train``.
 
-    Return the m drawn rows, and positions (m,) of these rows in ``train``. Warn if rows are left
-    out.
+    Return the m drawn rows, and their positions (m,) in ``train``. Warn if rows are left out.
     """
     n = len(train.index)
     if n <= max_rows:
@@ -127,7 +126,7 @@ def _nearest_to_queries(
     first_query: int,
     bank_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Search as ``nearest_in_bank``, for a block of queries from the index ``first_query`` on."""
+    """Search as ``nearest_in_bank`` does, for a block of queries that begins at ``first_query``."""
     query = normalize(query, dim=1)
     query_slice = slice(first_query, first_query + len(query))
     # the k most similar rows in the blocks so far
@@ -156,7 +155,8 @@ def k_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     For ``values`` (B, n), both results are (B, k). If n is less than k, both have n columns.
 
     Equal values are in index order. ``topk`` does not define the order of equal values. So a row is
-    sorted in full if the values with ranks k and k + 1 are equal.
+    sorted in full if the values with ranks k and k + 1 are equal. The value -inf is an exception.
+    It marks pairs that are not allowed, and their order does not matter.
     """
     if k >= values.shape[1]:
         largest, index = values.sort(dim=1, descending=True, stable=True)

@@ -30,8 +30,8 @@ class Scorer(Protocol):
 def log_odds(probability: Floats) -> Floats:
     """Compute ln p - ln(1 - p) (N,) from probabilities (N,). NaN stays NaN."""
     p = np.clip(probability, MIN_DISTANCE, 1 - MIN_DISTANCE)
-    logarithms: Floats = np.log(p) - np.log1p(-p)
-    return logarithms
+    log_ratio: Floats = np.log(p) - np.log1p(-p)
+    return log_ratio
 
 
 def scores_and_failures(
@@ -56,7 +56,7 @@ def scores_and_failures(
 def failure_of_pictures(
     calibration: EmbeddingSource, is_unseen: NDArray[np.bool_], uncertainty: Floats, failure: Ints
 ) -> Ints:
-    """Return failures (N,) with one known row per picture. All remaining rows get -1 (unknown).
+    """Return the failures (N,) of one chosen row per picture. All other rows get -1 (unknown).
 
     So every picture counts once. The chosen row is the picture's first failure, or the first row if
     the picture has no failure. In pools a failure depends on all captions in the pool, so the first
@@ -70,9 +70,9 @@ def failure_of_pictures(
     has_pools = calibration.pool_size is not None
     if has_pools:
         priority = np.zeros_like(known_rows)  # without priorities, the first row is chosen
-    rows = known_rows[one_row_per_picture(picture, priority)]
+    chosen_rows = known_rows[one_row_per_picture(picture, priority)]
     failure_of_row = np.full(len(calibration), UNKNOWN)
-    failure_of_row[rows] = failure[rows]
+    failure_of_row[chosen_rows] = failure[chosen_rows]
     return failure_of_row
 
 

@@ -58,7 +58,7 @@ class Coalitions(ABC):
 
     @abstractmethod
     def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
-        """Compute v(S) (2^G, B) float64 on the CPU, for all coalitions S of G players.
+        """Compute the value v(S) of every coalition S: (2^G, B) float64 on the CPU, for G players.
 
         Bit i of the first index says whether player i is in S. Some subclasses compute the values
         from ``batch``, and some from ``scores`` (B,).
@@ -167,8 +167,9 @@ class HeadCoalitions(Coalitions):
         # player without effect gets exactly zero.
         member_part = member_part.expand_as(row_terms[IMAGE])  # (B, H)
         missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
-        # number of rows in memory at a time, together with all background rows
-        block_rows = max(MAX_TILE_LOGITS // (len(missing_part) * member_part.shape[1]), 1)
+        # the first layers of a block are (b, M, H): choose b so that they fit into memory
+        numbers_per_row = len(missing_part) * member_part.shape[1]  # M H
+        block_rows = max(MAX_TILE_LOGITS // numbers_per_row, 1)
         means = []
         for block in member_part.split(block_rows):
             # (b, M, H): every row of the block with every background row
@@ -218,9 +219,10 @@ class PoolCoalitions(Coalitions):
     - "image": the effect of the image.
 
     The summands in S add up to logits. f(S) is the judged answer's log-odds of failure under the
-    softmax of these logits. If S is empty, f(S) is 0. The value of S is
+    softmax of these logits. If S is empty, f(S) is 0. f_b(S) is f(S) for the background row b. The
+    value of S is
 
-        v(S) = f(S) + mean over background rows b of [f_b(all) - f_b(S)]
+        v(S) = f(S) + mean over b of [f_b(all) - f_b(S)]
 
     Three properties follow:
 
@@ -230,7 +232,7 @@ class PoolCoalitions(Coalitions):
        background rows.
 
     Unlike in ``HeadCoalitions``, no input is replaced by a background input. The summands are class
-    logits. One image's summand has no meaning beside the zero-shot logits of a different image.
+    logits, and one image's summand cannot be added to another image's zero-shot logits.
 
     ``pooled_parts`` computes the summands for a batch. ``outside_log_odds`` computes the log-odds
     (B,) that an image is outside all classes. If ``outside_log_odds`` is given, "none of the
@@ -274,8 +276,8 @@ class PoolCoalitions(Coalitions):
             parts = self.pooled_parts(batch)
             # in the order of the players
             summands = [parts.zero_shot, parts.image_effect, parts.class_offset]
-            of_empty_coalition = torch.zeros(len(batch.image), dtype=torch.float64)
-            log_odds_of_coalitions = [of_empty_coalition]
+            log_odds_of_empty = torch.zeros(len(batch.image), dtype=torch.float64)
+            log_odds_of_coalitions = [log_odds_of_empty]
             for coalition in range(1, 2 ** len(summands)):
                 logits = torch.zeros_like(parts.zero_shot)
                 for bit, summand in enumerate(summands):
@@ -284,9 +286,9 @@ class PoolCoalitions(Coalitions):
                 log_odds_of_coalition = failure_log_odds(logits, batch)
                 log_odds_of_coalitions.append(log_odds_of_coalition.cpu())
             if self.outside_log_odds is not None:
-                # "none of the classes" is the last player, and the highest bit. Therefore all
-                # coalitions without this player come first. The coalitions with this player follow
-                # in the same order.
+                # "none of the classes" is the last player, and so the highest bit. Therefore the
+                # coalitions without this player come first, and the same coalitions with this
+                # player follow in the same order.
                 outside = self.outside_log_odds(batch).cpu()
                 log_odds_of_coalitions += [
                     log_odds_with_outside(log_odds, outside) for log_odds in log_odds_of_coalitions

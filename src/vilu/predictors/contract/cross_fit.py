@@ -23,7 +23,8 @@ def labelled_folds(train: EmbeddingSource) -> list[tuple[Rows, Rows]]:
     """Divide the usable labelled rows into folds: pairs of rows to fit on and held-out rows."""
     is_labelled = (train.target != UNKNOWN) | train.outside
     usable_rows = train.usable_rows
-    rows = Rows(train, usable_rows[is_labelled[usable_rows]])
+    labelled_rows = usable_rows[is_labelled[usable_rows]]
+    rows = Rows(train, labelled_rows)
     batches = rows.batches(SCORING_BATCH)
     _, failure = rows_and_failures(batches)
     return cross_fit_splits(rows, failure, validation=None, seed=0)

@@ -55,7 +55,10 @@ def refuse_unlabelled(method_name: str, train: EmbeddingSource) -> None:
 
 
 def inputs_of(method_class: type[Any]) -> frozenset[str]:
-    """Return the inputs ``looks_at`` if the class itself defines them, or else an empty set."""
+    """Return the inputs ``looks_at`` if the class itself defines them, or else an empty set.
+
+    Inherited inputs do not count, since they may be wrong for the subclass.
+    """
     inputs: frozenset[str] = vars(method_class).get("looks_at", frozenset())
     return inputs
 
@@ -81,10 +84,10 @@ def _methods_on_vectors() -> str:
 def require_same_logits(
     method_name: str, fit_notes: Mapping[str, Any], data: EmbeddingSource
 ) -> None:
-    """Refuse data if only the fit or only the data have given logits.
+    """Refuse data with given logits after a fit to embeddings, and the reverse.
 
-    Refuse them also if both have given logits for different classes. A candidate without an
-    embedding is identified only by position, so the classes must be in the order of the fit.
+    Data are also refused if both have given logits, but for different classes. A candidate without
+    an embedding is identified only by position, so the classes must be in the order of the fit.
 
     Args:
         method_name: Name of the fitted method.
@@ -111,7 +114,10 @@ def require_same_logits(
 
 
 def is_of_given_logits(candidates: Mapping[str, Any]) -> bool:
-    """Return whether ``describe_candidates`` described given logits: the sketch is empty."""
+    """Return whether a description by ``describe_candidates`` is about given logits.
+
+    The sketch of the texts is then empty.
+    """
     return bool(candidates.get("texts") == [])
 
 

@@ -105,9 +105,8 @@ def trainable_rows(
     is_ood = source.outside[rows]
     n_ood = int(is_ood.sum())
     is_failure_known = failure != UNKNOWN
-    has_class = (
-        is_failure_known & ~is_ood
-    )  # the failure is known only if the class is, or is outside
+    # only a row with a known class, or a row outside all classes, has a known failure
+    has_class = is_failure_known & ~is_ood
     if n_ood and not has_class.any():
         raise DataError(
             f"all {n_ood} labelled {role} rows are of none of the classes, so nothing "
@@ -135,8 +134,10 @@ def trainable_rows(
 
 
 def count_right_answers(failure: Tensor) -> dict[str, int]:
-    """Count the answers with a known ``failure`` (M,), and the right answers, as JSON."""
-    return {"n": int((failure != UNKNOWN).sum()), "n_right": int((failure == 0).sum())}
+    """Count the answers with a known ``failure`` (M,), and the right answers among them."""
+    n_known = int((failure != UNKNOWN).sum())
+    n_right = int((failure == 0).sum())
+    return {"n": n_known, "n_right": n_right}
 
 
 def _count_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
@@ -223,7 +224,7 @@ def warn_of_few_rows(failure: Tensor, method_name: str) -> None:
 
 
 def answer_columns(train: Rows) -> tuple[str, ...]:
-    """Return the column "answer" if the fit reads this column to judge given answers."""
+    """Return ("answer",) if the fit reads this column to judge given answers, or else ()."""
     return tuple(name for name in train.columns if name == ANSWER)
 
 
@@ -269,7 +270,8 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
     """Return a mask (M,): true for a random ``fraction`` of rows, given the failures (M,).
 
     Raises:
-        DataError: If no failure or no success is left to fit on; with pools, if no row is left.
+        DataError: If no failure or no success is left to fit on. With pools, only if no row is
+            left.
     """
     pool_size = train.source.pool_size
     generator = torch.Generator().manual_seed(seed)
@@ -283,7 +285,8 @@ def _held_out_mask(train: Rows, failure: Tensor, fraction: float, seed: int) -> 
     # Both failures and successes must be left. With pools a single kind is enough, because every
     # pass over the rows draws new pools, and different answers fail in new pools.
     min_kinds = 2 if pool_size is None else 1
-    if len(failure[~is_held_out].unique()) < min_kinds:
+    kinds_left = failure[~is_held_out].unique()
+    if len(kinds_left) < min_kinds:
         raise DataError(
             f"validation_fraction={fraction} holds out {len(positions)} of {len(failure)} "
             "training rows, so that no failure or no success is left to learn from. Make it "
@@ -327,9 +330,10 @@ def held_out_positions(
 def _held_out_pool_positions(
     n_rows: int, fraction: float, pool_size: int, generator: torch.Generator, groups: Tensor | None
 ) -> Tensor:
-    """Return sorted positions (H,) of random rows that fill whole pools, if possible whole groups.
+    """Return sorted positions (H,) of random rows that fill whole pools.
 
-    If the rows fill at least two pools, a ``fraction`` of the pools is held out, but at least one.
+    The rows are whole groups if there are enough groups. If all rows fill at least two pools, a
+    ``fraction`` of the pools is held out, but at least one.
     """
     n_pools = n_rows // pool_size
     n_pools_held_out = 0
@@ -379,10 +383,10 @@ def rows_of_whole_groups(groups: Tensor, max_rows: int) -> Tensor:
 def caption_groups(
     source: PairSource, rows: Tensor, block_rows: int = CAPTION_BLOCK_ROWS
 ) -> Tensor:
-    """Return group numbers (M,) int64, equal for rows with equal captions, compared as float16.
+    """Return a group number for every row: (M,) int64. Rows with equal captions have equal numbers.
 
-    If a caption equals a class text, the row forms a group by itself. If all rows with such a
-    caption were held out together, the class could not be learned.
+    Captions are compared as float16. If a caption equals a class text, the row forms a group by
+    itself. If all rows with such a caption were held out together, the class could not be learned.
 
     A caption has D 16-bit numbers x. The group number is a hash with fixed random odd factors a:
 
@@ -399,7 +403,7 @@ def caption_groups(
         # the sum of -0 and 0 is 0, so that equal numbers have equal bits
         captions = (source.caption_rows(block).half() + 0).numpy()
         bits = captions.view(np.uint16)
-        hashes.append(bits.astype(np.uint64) @ factors)
+        hashes.append(bits.astype(np.uint64) @ factors)  # numpy computes modulo 2^64
     unsigned_hashes = np.concatenate(hashes)
     groups = torch.from_numpy(unsigned_hashes.view(np.int64))
     has_own_group = source.of_classes(rows)
@@ -427,11 +431,12 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
 def log_odds_with_outside(log_odds: Tensor, outside_log_odds: Tensor) -> Tensor:
     """Compute the log-odds (B,) float64 of u = 1 - (1 - P(outside)) q.
 
-    The odds are computed as a sum:
+    q is the answer's probability if the image is inside the classes. The odds are computed as a
+    sum:
 
         u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q
 
-    So large odds stay exact. If u were computed first, u would round to 1, with infinite odds.
+    So large odds stay exact. If u were computed first, it could round to 1, with infinite odds.
 
     Args:
         log_odds: (B,) log((1 - q) / q).

@@ -24,7 +24,7 @@ class Parametrised(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-# the new predictor's class. Public signatures show this name
+# Class of the predictor that a function makes or returns. Public signatures show this name.
 Made = TypeVar("Made", bound=Parametrised)
 
 
@@ -70,7 +70,8 @@ def convert_parameter(cls: type[Parametrised], name: str, value: object, *, stri
     if strict:
         value = _plain_value(value)
     else:
-        value = _parsed_value(value, is_tuple="tuple" in str(hint))
+        takes_tuple = "tuple" in str(hint)
+        value = _parsed_value(value, takes_tuple=takes_tuple)
     try:
         converted_value: object = adapter.validate_python(value, strict=strict)
     except ValidationError as error:
@@ -92,11 +93,15 @@ def _plain_value(value: object) -> object:
     return value
 
 
-def _parsed_value(value: object, *, is_tuple: bool) -> object:
-    """Parse "none" and tuples from the command line. Later pydantic parses all remaining values."""
+def _parsed_value(value: object, *, takes_tuple: bool) -> object:
+    """Parse "none" and tuples from the command line. Later pydantic parses all remaining values.
+
+    ``takes_tuple`` says whether the parameter's type allows a tuple.
+    """
     if value in ("none", "None", "null"):
         return None
-    if is_tuple and isinstance(value, str):
+    if takes_tuple and isinstance(value, str):
+        # "(16,8)" gives ["16", "8"]
         return [part for part in value.strip("()[]").split(",") if part.strip()]
     return value
 
@@ -144,7 +149,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001
     """Return the parameters by name, as in scikit-learn.
 
-    ``deep`` has no effect, since no parameter has parameters in turn.
+    ``deep`` has no effect, since no parameter is an object with parameters.
 
     Examples:
         >>> import vilu

@@ -33,7 +33,7 @@ class LogisticForm(NamedTuple):
 
 @np.errstate(under="ignore")  # an underflow to 0 is exact enough
 def expit(log_odds: Floats) -> Floats:
-    """Compute 1 / (1 + exp(-x)), exact also near 0 and 1.
+    """Compute probabilities 1 / (1 + exp(-x)) from log-odds x. They are exact also near 0 and 1.
 
     SciPy has the same function, but importing SciPy takes half a second.
     """
@@ -100,6 +100,7 @@ def identity_calibrator(failure: NDArray[np.int64]) -> Logistic:
     ``failure`` (N,) are the failures of the calibration rows. Only the counts are stored.
     """
     n_failures = int((failure == 1).sum())
+    # the score is the log-odds, so weight 1 and intercept 0 give back the same probability
     return Logistic(
         form="temperature",
         weights=(1.0,),
@@ -146,7 +147,7 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
         >>> import numpy as np
         >>> from vilu.predictors.contract.probability import fit_calibrator
         >>> score, failure = np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1])
-        >>> fit_calibrator(score, failure, is_log_odds=True).form  # of so few rows
+        >>> fit_calibrator(score, failure, is_log_odds=True).form  # too few rows
         'temperature'
     """
     forms: list[str] = []
@@ -270,8 +271,9 @@ def _rising_rates(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> Floa
     """Compute rising error rates (V,) at V ascending scores, by pooling adjacent violators.
 
     The result is the least-squares fit among rates that never decrease. ``n_wrong`` (V,) and
-    ``n_rows`` (V,) are the counts at the scores. Every pass joins all violators to the preceding
-    pools.
+    ``n_rows`` (V,) are the counts at the scores. At first every score is a pool. A pool violates
+    the order if its rate is not above the preceding pool's rate. Every pass joins all violating
+    pools to the preceding pools.
     """
     pool_wrong = n_wrong
     pool_rows = n_rows
@@ -293,8 +295,11 @@ def _begins_pool(n_wrong: NDArray[np.int64], n_rows: NDArray[np.int64]) -> NDArr
     The rates are ``n_wrong`` (V,) / ``n_rows`` (V,). The first rate begins a pool, and so does
     every rate above the preceding rate.
     """
-    # For the rates w1 / n1 and w0 / n0, "w1 n0 > w0 n1" is the same as "above", and is exact.
-    is_above = n_wrong[1:] * n_rows[:-1] > n_wrong[:-1] * n_rows[1:]
+    # The rate w1 / n1 is above the preceding rate w0 / n0 if w1 * n0 > w0 * n1. These products are
+    # whole numbers, so the comparison is exact.
+    products = n_wrong[1:] * n_rows[:-1]
+    preceding_products = n_wrong[:-1] * n_rows[1:]
+    is_above = products > preceding_products
     return np.append(True, is_above)
 
 
@@ -341,7 +346,7 @@ def _least_log_loss(
     n_features = features.shape[1]
     largest_features = np.abs(features).max(axis=0)
     scale = np.maximum(largest_features, 1e-12)  # not 0 if a feature is 0 everywhere
-    x = features / scale
+    x = features / scale  # |x| is at most 1
     if with_intercept:
         constant_feature = np.ones(len(x))
         x = np.column_stack([x, constant_feature])
@@ -350,7 +355,8 @@ def _least_log_loss(
     intercept = 0.0
     if with_intercept:
         intercept = float(weights[-1])
-    return (weights[:n_features] / scale).tolist(), intercept
+    feature_weights = weights[:n_features] / scale  # for the features before scaling
+    return feature_weights.tolist(), intercept
 
 
 def _smoothed_targets(failure: NDArray[np.int64]) -> Floats:

@@ -40,7 +40,8 @@ def draw_shots(source: EmbeddingSource, n_per_class: int, seed: int = 0) -> Tens
             "shots are rows per class, and image-caption pairs have no classes. Leave shots out."
         )
     usable_rows = source.usable_rows
-    rows = usable_rows[source.target[usable_rows] != UNKNOWN].sort().values
+    is_labelled = source.target[usable_rows] != UNKNOWN
+    rows = usable_rows[is_labelled].sort().values
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
@@ -67,7 +68,7 @@ def _warn_of_small_classes(sizes: list[int], n_per_class: int) -> None:
         )
 
 
-# Constants for recognising rows: sizes in rows, limits, and message texts.
+# Constants for recognising rows.
 
 MAX_HASHES = 16_384  # a predictor stores at most this many hashes of fit rows
 BLOCK_ROWS = 2**20  # number of rows with hashes in memory at the same time
@@ -111,7 +112,9 @@ class RowSketch:
     @property
     def is_complete(self) -> bool:
         """Whether the sketch has the hashes of all rows in the set, not only a sample."""
-        return self.n_rows <= MAX_HASHES or len(self.hashes) < MAX_HASHES
+        is_small_set = self.n_rows <= MAX_HASHES
+        has_few_hashes = len(self.hashes) < MAX_HASHES  # also in a large set with many repeats
+        return is_small_set or has_few_hashes
 
     @property
     def n_distinct(self) -> int:
@@ -135,13 +138,13 @@ class RowSketch:
         """Find which ``rows`` (M,) of a source are in the set."""
         has_known_hash = np.zeros(len(rows), np.bool_)
         n_comparable = 0
-        largest_known = LARGEST_HASH
+        largest_known_hash = LARGEST_HASH
         if not self.is_complete:
-            largest_known = int(self.hashes[-1])
+            largest_known_hash = int(self.hashes[-1])
         known_hashes = self.hashes.numpy()
         for block, hashes in _hash_blocks(source, kind, rows):
             has_known_hash[block] = np.isin(hashes, known_hashes)
-            n_comparable += int(np.count_nonzero(hashes <= largest_known))
+            n_comparable += int(np.count_nonzero(hashes <= largest_known_hash))
         shared = has_known_hash & _has_identity(source, kind)[rows]
         return Overlap(
             shared=shared,
@@ -153,7 +156,7 @@ class RowSketch:
 def _hash_blocks(
     source: EmbeddingSource, kind: IdentityKind, rows: NDArray[np.int64]
 ) -> Iterator[tuple[slice, NDArray[np.int64]]]:
-    """Yield every block of ``rows`` (M,) as a slice, with the block's hashes."""
+    """Yield blocks of ``rows`` (M,): the block's slice of ``rows``, and the hashes of its rows."""
     for start in range(0, len(rows), BLOCK_ROWS):
         identities = source.identities(kind, rows[start : start + BLOCK_ROWS])
         # the highest bit is dropped, because torch has no unsigned 64-bit integers
@@ -366,8 +369,9 @@ def one_row_per_picture(
     rows_of_unknown_picture = np.flatnonzero(picture == UNKNOWN)
     known_rows = np.flatnonzero(picture != UNKNOWN)
     is_no_failure = failure[known_rows] != 1
-    # The rows are sorted by picture, then failures before the rest, then by index. ``np.lexsort``
-    # sorts by the last key first. ``np.unique`` then finds the first row for every picture.
+    # Rows are sorted by picture. Within a picture, failures come first, and then lower indices.
+    # (The last key of ``np.lexsort`` is the most important key.) ``np.unique`` then finds the first
+    # row for every picture.
     order = known_rows[np.lexsort((known_rows, is_no_failure, picture[known_rows]))]
     _, first_positions = np.unique(picture[order], return_index=True)
     chosen_rows = np.concatenate([rows_of_unknown_picture, order[first_positions]])
@@ -382,7 +386,7 @@ def similarity_statistics(data: EmbeddingSource) -> tuple[float, float]:
 
     A row's largest cosine is the cosine with the nearest candidate.
     """
-    # at least a whole pool is read, where there are pools
+    # pools can only be read as a whole, so a pool with more than 100 rows is read in full
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     largest_cosine = (batch.image @ batch.text.T).amax(dim=1)
@@ -408,9 +412,10 @@ def describe_candidates(data: EmbeddingSource) -> dict[str, Any]:
     """Describe the candidates as plain JSON.
 
     The description has the candidate count, the hashed class names if known, and a sketch of the
-    candidate texts. The sketch is the mean text vector in eight fixed random directions, rounded.
-    The candidate order has no effect on the sketch. Without texts (given logits) the sketch is
-    empty. For image-caption pairs the description is only the pool size.
+    candidate texts. The sketch has eight rounded numbers: the products of the mean text vector with
+    eight fixed random vectors. The candidate order has no effect on the sketch. Without texts
+    (given logits) the sketch is empty. For image-caption pairs the description is only the pool
+    size.
     """
     if data.pool_size is not None:
         return {"pool_size": data.pool_size}

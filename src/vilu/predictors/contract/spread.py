@@ -51,8 +51,8 @@ def quantiles_in_spread(predictor: FailurePredictor, uncertainty: Floats) -> Flo
     if SPREAD not in predictor.notes_:
         return None
     quantiles = np.array(predictor.notes_[SPREAD])
-    # If quantiles are equal, many photos have the same score. All these photos have at most this
-    # score. So the last equal quantile is used, with the largest share.
+    # If quantiles are equal, many photos have the same score. The last of the equal quantiles gives
+    # the share of photos with at most this score, so only the last one is kept.
     is_below_next = np.diff(quantiles) > 0
     is_last_of_equals = np.append(is_below_next, True)
     shares = np.linspace(0, 1, len(quantiles))[is_last_of_equals]

@@ -51,7 +51,7 @@ MIN_LOSS_CHANGE = 1e-9
 """The solver stops when a step changes the mean loss by less than this limit."""
 
 MIN_STREAMED_LOSS_CHANGE = 3e-5
-"""The limit for streamed rows, in place of ``MIN_LOSS_CHANGE``.
+"""For streamed rows the solver stops already at this limit, in place of ``MIN_LOSS_CHANGE``.
 
 Fifty further steps would not increase the AUROC.
 """
@@ -67,7 +67,7 @@ MAX_LOGIT_VARIANCE = 1e18
 
 
 class Moments:
-    """Row count, sum (D,) over the rows, and sum over the squared norms."""
+    """The row count, the sum (D,) of the rows, and the sum of their squared norms."""
 
     def __init__(self) -> None:
         self.n_rows = 0
@@ -114,9 +114,10 @@ class Standardisation(nn.Module):
 
 
 class ImageInputs(nn.Module):
-    """Computes the experts' inputs (D + F): standardised embedding (D) and features (F).
+    """Computes an image's inputs for the experts: D from the embedding, and F from the features.
 
-    F is 0 if the images have no features. Otherwise both parts have the same mean square norm.
+    Both parts are standardised. F is 0 if the images have no features. Otherwise both parts have
+    the same mean square norm.
     """
 
     def __init__(self, dim: int, feature_dim: int) -> None:
@@ -146,6 +147,7 @@ class ImageInputs(nn.Module):
         if not self.has_features:
             return image
         features: Tensor = self.features(batch.columns[FEATURES])
+        # Each part has the mean square norm 1. Side by side they have 2, so sqrt(2) is the divisor.
         return torch.cat([image, features], dim=1) / math.sqrt(2)
 
     @property
@@ -159,9 +161,10 @@ class ImageInputs(nn.Module):
 class ClassMatch(NamedTuple):
     """Comparison between K candidates and the training classes.
 
-    ``class_similarity`` is 1 for a training class. For any other candidate, ``class_similarity`` is
-    the squared cosine between the standardised texts of the candidate and the nearest class, or 0
-    if the cosine is negative. The square is the share of variance that both texts have in common.
+    ``class_similarity`` is 1 for a training class. For any other candidate, a cosine is computed
+    between the standardised texts of the candidate and its nearest class. ``class_similarity`` is
+    the square of this cosine, or 0 if the cosine is negative. The square is the share of variance
+    that both texts have in common.
     """
 
     nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
@@ -172,8 +175,9 @@ class ClassMatch(NamedTuple):
 class StartLogits(NamedTuple):
     """Logits for K classes, estimated from images without labels.
 
-    For class c and a unit-norm image z, the logit is l_c + (z - centre) . weight_c + bias_c. l_c is
-    the zero-shot logit.
+    For class c and a unit-norm image z with the zero-shot logit l_c, the logit is
+
+        l_c + (z - centre) . weight_c + bias_c
     """
 
     centre: Tensor  # (D,) float64
@@ -185,33 +189,33 @@ class StartLogits(NamedTuple):
 class SupervisedAttention(nn.Module):
     """Logits for K candidates: tempered zero-shot logits, plus a bilinear form in image and text.
 
-    If l0 are the zero-shot logits, x the ``ImageInputs`` and t the standardised texts, candidate j
-    has the logit
+    x are the image's ``ImageInputs``. Candidate j has the zero-shot logit l0_j and the standardised
+    text t_j. The attention learns a temperature a, a matrix A (``shared``) for all classes, and a
+    vector v_j for each training class (a row in ``own``). With rho = ``sharing``, the logit of
+    candidate j is
 
         l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j)
 
-    a is the temperature. All classes share A (``shared``). v_j (``own``) belongs to training
-    class j, and is zero for a candidate outside the training classes. So any candidate can be
-    scored.
+    For a candidate outside the training classes, v_j is zero. So any candidate can be scored.
 
     For candidates outside the training classes, ``ClassMatch.class_similarity`` reduces the effect
     of A and of the temperature. If a candidate's text is unlike the texts of all classes, the
     logit is nearly the zero-shot logit.
 
-    If the rows have logits instead of texts (``LogitBatch``), t_j is zero, and only v_j is learned.
+    If the rows have logits instead of texts (``LogitBatch``), t_j is zero, so A has no effect.
 
     Training begins at the tempered zero-shot logits (A = v = 0), or at the posterior estimated from
     images without labels (``start_from``).
 
-    The logits are products of the images' queries (x, 1) with the candidates' keys.
-    For a ``LogitBatch``, the tempered given logits are added to the product
-    (``tempered_given_logits``).
+    The logits are products of two vectors: the query (x, 1) of an image, and the key of a
+    candidate. A ``LogitBatch`` has no texts to make keys from, so its tempered logits are added
+    to the product (``tempered_given_logits``).
 
     Args:
         inputs: Fitted ``ImageInputs``.
         dim: Embedding width D of the texts.
         n_classes: Number of training classes, 0 for captions.
-        sharing: rho, the share of A in the prior variance.
+        sharing: rho, the share of the prior variance that comes from A.
     """
 
     def __init__(self, inputs: ImageInputs, dim: int, n_classes: int, sharing: float) -> None:
@@ -230,7 +234,8 @@ class SupervisedAttention(nn.Module):
     def start_from(self, start: StartLogits) -> None:
         """Set ``own``, the classes' v, so that the logits equal the logits of ``start``."""
         # If x are the first D inputs, the image is z = image.mean + image.norm * image_gain * x.
-        # So (z - centre) . weight + bias is a product of (x, 1) with a vector for each class.
+        # So (z - centre) . weight + bias is a product of (x, 1) with a vector for each class. The
+        # last entry of the vector is bias + (image.mean - centre) . weight.
         image = self.inputs.image
         dim = self.text.mean.shape[0]
         class_weights = torch.zeros(self.own.shape, dtype=torch.float64)
@@ -253,7 +258,7 @@ class SupervisedAttention(nn.Module):
         return keys
 
     def tempered_given_logits(self, batch: Batch) -> Tensor | None:
-        """Return ``tempered_logits`` (B, K) for a ``LogitBatch``, which has no keys. Else None."""
+        """Return ``tempered_logits`` (B, K) for a ``LogitBatch``, and None for other batches."""
         if isinstance(batch, LogitBatch):
             return self.tempered_logits(batch)
         return None
@@ -264,7 +269,7 @@ class SupervisedAttention(nn.Module):
         All candidates must be training classes. For a ``LogitBatch`` the keys are zero.
         """
         # A zero-shot logit is linear in the image z = image.mean + image.norm * image_gain * x.
-        # So a zero-shot logit is a product of (x, 1) with a key, too.
+        # So the zero-shot logit, too, is a product of the query (x, 1) with a key.
         image = self.inputs.image
         dim = batch.text.shape[1]
         scaled_text = self.temperature * batch.logit_scale * batch.text
@@ -283,7 +288,7 @@ class SupervisedAttention(nn.Module):
     def tempered_logits(self, batch: Batch, class_match: ClassMatch | None = None) -> Tensor:
         """Compute the tempered zero-shot logits (B, K), without the logit bias.
 
-        If the candidates are less similar to the training classes, the temperature is nearer to 1.
+        The less the candidates resemble the training classes, the nearer the temperature is to 1.
         ``class_match`` is the result of ``match_classes`` for the candidates. None means that the
         candidates are the training classes.
         """
@@ -332,7 +337,7 @@ class SupervisedAttention(nn.Module):
         return self.tempered_logits(batch, class_match) + learned_logits
 
     def learned_keys(self, text: Tensor, class_match: ClassMatch | None) -> Tensor:
-        """Compute the learned logits' keys (K, D + F + 1), without ``tempered_logits``."""
+        """Compute the keys (K, D + F + 1) for what is added to the ``tempered_logits``."""
         keys: Tensor = math.sqrt(self.sharing) * (self.text(text) @ self.shared.T)
         if class_match is not None:
             similarity_column = class_match.class_similarity[:, None]
@@ -347,7 +352,7 @@ class SupervisedAttention(nn.Module):
 
 
 def add_given_logits(logits: Tensor, given_logits: Tensor | None) -> Tensor:
-    """Add a batch's ``tempered_given_logits`` (B, K) to logits (B, K), unless None."""
+    """Return the logits (B, K), plus the ``tempered_given_logits`` (B, K) if these are not None."""
     if given_logits is None:
         return logits
     return logits + given_logits
@@ -368,11 +373,11 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
     """Fit an attention to n labelled rows: the posterior mode, shrunk towards the start.
 
     1. The start is the zero-shot logits, or the logits of ``start``, times a fitted temperature.
-       ``class_log_prior`` is added to each class's bias. With a ``start``, a class without
-       labels gets ``start.log_occurrence`` instead, if ``start.log_occurrence`` is lower.
-    2. The learned part, which is added to the start, has a normal prior. The weights on x have
-       the prior N(0, C) with C = ``variance`` * ``zero_shot_variance``. The biases have the prior
-       N(0, C / 50). Finding the posterior mode is a convex problem.
+       The class's ``class_log_prior`` is added. With a ``start``, a class without labels has also
+       ``start.log_occurrence``, and the lower one of the two is added.
+    2. A learned part is added to the start. Its weights on x have the normal prior N(0, C) with
+       C = ``variance`` * ``zero_shot_variance``. Its biases have the prior N(0, C / 50). Finding
+       the posterior mode is a convex problem.
     3. The solution is multiplied by n / (n + 8). If ``has_few_rows``, it is also multiplied by the
        result of ``held_out_shrinkage``.
 
@@ -413,9 +418,9 @@ def fit_attention(  # noqa: PLR0913 - training rows, prior and start need many a
 
 
 def _limited_log_prior(log_prior: Tensor, target: Tensor, log_occurrence: Tensor) -> Tensor:
-    """Return log priors (K,). The entry of a class with labels is 0.
+    """Return the log prior (K,) of each class, which is 0 for a class with labels.
 
-    Every other entry is the smaller one of ``log_prior`` (K,) and ``log_occurrence`` (K,).
+    For a class without labels, this is the smaller entry of ``log_prior`` and ``log_occurrence``.
     """
     has_labels = torch.bincount(target, minlength=len(log_prior)) > 0
     lower_log_prior = torch.minimum(log_prior, log_occurrence.float())
@@ -429,9 +434,10 @@ def _set_start(
     temperature = fit_temperature(attention, rows, device)
     attention.temperature.mul_(temperature)
     attention.own.data.mul_(temperature)
-    # the last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1
+    # The last column of ``own`` is the bias, because the last entry of a query (x, 1) is 1. This
+    # is a view, so ``own`` changes with it.
     bias = attention.own.data[:, -1]
-    # in the logits, ``own`` is multiplied by sqrt(1 - rho), and the division cancels this factor
+    # the logits contain sqrt(1 - rho) times ``own``, so the log prior is divided by this factor
     class_weight_factor = math.sqrt(1 - attention.sharing)
     bias.add_(log_prior.to(device) / class_weight_factor)
 
@@ -439,13 +445,16 @@ def _set_start(
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    The logits are queries @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T, plus the
-    ``given_logits`` if these are not None.
+    A (P, Q) and V (K, P), whose rows are the v_j, are the unknowns. The logits are
+
+        queries @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T
+
+    plus the ``given_logits`` if these are not None.
 
     Attributes:
         batch: The rows.
-        queries: (B, P) attention queries, times the prior standard deviations. So every element
-            in A and V has the prior N(0, 1).
+        queries: (B, P) attention queries, times the prior standard deviations of the weights. So
+            every element in A and V has the prior N(0, 1).
         text: (K, Q) sqrt(rho) times the standardised texts.
         initial_keys: (K, P) keys for the logits at the start of training.
         given_logits: (B, K) the batch's ``tempered_given_logits``, or None.
@@ -468,7 +477,7 @@ class Block(NamedTuple):
         candidates.
         """
         target_column = self.batch.target[:, None]
-        if self.batch.matches is None:  # the softmax over the only right candidate is 1
+        if self.batch.matches is None:  # there is one right candidate, and the softmax over it is 1
             minus_one = torch.full_like(logits[:, :1], -1)
             posterior = torch.softmax(logits, dim=1, out=logits)
             return posterior.scatter_add_(1, target_column, minus_one)
@@ -489,11 +498,11 @@ class Solution(NamedTuple):
 
 
 class TextKeys(NamedTuple):
-    """Keys for successive blocks with the same texts, and the loss gradient in the keys."""
+    """The keys for successive blocks with the same texts, and the loss gradient for these keys."""
 
     text: Tensor  # (K, Q) texts in the blocks
     keys: Tensor  # (K, P)
-    gradient_of_keys: Tensor  # (K, P) gradient, summed over the blocks
+    gradient_of_keys: Tensor  # (K, P) derivatives of the loss by the keys, summed over the blocks
 
 
 class Problem:
@@ -501,12 +510,12 @@ class Problem:
 
     The rows are either held in memory as a single block, or streamed in blocks at every evaluation.
 
-    For a class without labels only A is learned. A separate v would only decrease the class's
+    For a class without labels only A is learned. A separate v_j would only decrease the class's
     logits further, although ``class_log_prior`` has already decreased these logits.
 
-    Rows in memory, and their texts, are expressed in orthonormal bases of their spans. The spans
-    contain the optimum. So with fewer rows than coordinates, the problem has fewer unknowns, but
-    the same optimum.
+    For rows in memory, queries and texts are expressed in orthonormal bases of the spaces that they
+    span. These spaces contain the optimum. So with fewer rows than coordinates, the problem has
+    fewer unknowns, but the same optimum.
 
     Attributes:
         whole_block: All rows as a single block, in the bases. If the rows are streamed, None.
@@ -517,9 +526,9 @@ class Problem:
         self.rows = rows
         self.device = attention.shared.device
         self.n_rows = len(rows.index)
-        # ``input_scale`` is the prior standard deviation of each input's weight. The inputs
-        # are multiplied by ``input_scale``, so that A and V have the prior N(0, 1). The last input
-        # is the constant 1. The last input's weight is the bias, with a smaller variance.
+        # The prior standard deviation of each input's weight. The inputs are multiplied by this
+        # scale, so that A and V have the prior N(0, 1). The last input is the constant 1. Its
+        # weight is the bias, with a smaller variance.
         prior_sd = math.sqrt(variance)
         input_scale = torch.full(
             (attention.inputs.width + 1,), prior_sd, device=self.device, dtype=torch.float32
@@ -533,11 +542,13 @@ class Problem:
             self.labelled_class_mask[labelled_classes] = 1.0
         self.whole_block: Block | None = None
         n_classes = len(attention.classes)
-        if n_classes and self.n_rows <= min(SCORING_BATCH, MAX_BATCH_LOGITS // n_classes):
-            self._load_whole_block()
+        if n_classes:
+            max_rows_in_memory = min(SCORING_BATCH, MAX_BATCH_LOGITS // n_classes)
+            if self.n_rows <= max_rows_in_memory:
+                self._load_whole_block()
 
     def _load_whole_block(self) -> None:
-        """Set ``whole_block`` to all rows, in the bases of their images and texts."""
+        """Set ``whole_block`` to all rows, with queries and texts in orthonormal bases."""
         (block,) = self._streamed_blocks()
         self.query_basis = orthonormal_basis(block.queries)
         self.text_basis = orthonormal_basis(block.text)
@@ -550,7 +561,7 @@ class Problem:
     def _streamed_blocks(self) -> Iterator[Block]:
         """Yield all rows, block by block."""
         attention = self.attention
-        # ``_load_whole_block`` reads all rows as a single block, if the rows are few enough
+        # few rows come as a single block, as ``_load_whole_block`` expects
         is_one_block = self.whole_block is None and self.n_rows <= SCORING_BATCH
         block_rows = STREAMED_ROWS
         if is_one_block:
@@ -562,7 +573,8 @@ class Problem:
             device_batch = batch.to(self.device)
             with torch.no_grad():
                 queries = attention.queries(device_batch) * self.input_scale
-                # classes are the same in every batch, but captions differ from batch to batch
+                # Class texts are the same in every batch, so they are computed only once. Captions
+                # differ from batch to batch.
                 if text is None or initial_keys is None or not has_classes:
                     text = math.sqrt(attention.sharing) * attention.text(device_batch.text)
                     initial_keys = attention.initial_keys(device_batch) / self.input_scale
@@ -601,23 +613,22 @@ class Problem:
         return Solution(shared_weights, class_weights)
 
     def _min_loss_change(self) -> float:
-        """Return the limit. The solver stops when a step changes the mean loss by less."""
+        """Return the limit for changes in the mean loss. A smaller change ends the search."""
         if self.whole_block is None:
             return MIN_STREAMED_LOSS_CHANGE
         return MIN_LOSS_CHANGE
 
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
-        """Return the point where the search starts, with the sizes of A and V.
+        """Return the A and V where the search starts.
 
-        The point is zero, or for streamed rows the solution of ``warm_start``, if given.
+        For streamed rows with a ``warm_start``, these are its weights. Otherwise they are zero.
         """
         if warm_start is not None and self.whole_block is None:
             scale_column = self.input_scale[:, None]
             shared_weights = warm_start.shared.detach() / scale_column
-            class_weights = (
-                warm_start.own.detach() - self.attention.own.detach()
-            ) / self.input_scale
-            return Solution(shared_weights, class_weights)
+            # ``own`` is the start plus the learned part, and the search needs the learned part
+            learned_own = warm_start.own.detach() - self.attention.own.detach()
+            return Solution(shared_weights, learned_own / self.input_scale)
         # any block shows the sizes of A and V
         block = self.whole_block or next(self._streamed_blocks())
         query_width = block.queries.shape[1]
@@ -633,7 +644,7 @@ class Problem:
     def _objective_with_gradient(
         self, shared_weights: Tensor, class_weights: Tensor, row_weight: Tensor | None
     ) -> Tensor:
-        """Compute the negative log-posterior divided by n, and set the gradient on both weights.
+        """Compute the negative log-posterior divided by n, and set the gradients of both weights.
 
         The gradient is computed by formulas, because autograd would keep every block's logits
         (B, K) in memory.
@@ -645,7 +656,7 @@ class Problem:
         text_keys: TextKeys | None = None
         for block in self._blocks():
             if text_keys is None or block.text is not text_keys.text:
-                self._add_gradient(text_keys, gradient)
+                self._add_gradient(text_keys, gradient)  # is complete for the texts before
                 keys = block.initial_keys + self.keys(block, shared_weights, class_weights)
                 gradient_of_keys = torch.zeros_like(keys)
                 text_keys = TextKeys(block.text, keys, gradient_of_keys=gradient_of_keys)
@@ -674,10 +685,10 @@ class Problem:
         return row_weight / self.n_rows
 
     def _add_gradient(self, text_keys: TextKeys | None, gradient: Solution) -> None:
-        """Add the gradient in the keys to the ``gradient`` in A and V, by the chain rule.
+        """Add what the gradient for the keys gives to the ``gradient`` for A and V.
 
-        This method is called once if all blocks have the same classes, and once per caption
-        pool.
+        The chain rule is applied once if all blocks have the same classes. For captions, it is
+        applied once per pool.
         """
         if text_keys is None:
             return
@@ -706,7 +717,10 @@ class Problem:
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
-    """Compute an orthonormal basis (P, R) for a space with all rows (N, P), R = min(N, P)."""
+    """Compute an orthonormal basis (P, R) for a space that contains all rows (N, P).
+
+    R is the smaller of N and P.
+    """
     n_rows, width = rows.shape
     if n_rows >= width:  # then R = P, and the unit vectors are a basis
         return torch.eye(width, dtype=rows.dtype, device=rows.device)
@@ -716,21 +730,21 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
 
 
 N_FOLDS = 5
-"""Into how many folds the rows are divided. The folds are held out in turn."""
+"""Into how many folds the rows are divided. One fold after another is held out."""
 
 ENOUGH_HELD_OUT_ROWS = 200
-"""If this many rows were held out, no further fold is held out."""
+"""As soon as this many rows were held out, no further fold is held out."""
 
 SHRINKAGE_SD = 0.2
 """Standard deviation of the normal prior on ``held_out_shrinkage``. The prior mean is 1."""
 
 
 def held_out_shrinkage(problem: Problem) -> float:
-    """Find the factor w in [0, 1] on the learned logits that fits held-out rows best.
+    """Find the factor w in [0, 1] with which the learned logits predict held-out rows best.
 
-    In the model, the labels of held-out rows are drawn from softmax(b + w r). b are the logits at
-    the start of training. r are the logits learned without the held-out rows. w is the posterior
-    mode under the prior w ~ N(1, 0.2^2).
+    A held-out row has the logits b at the start of training, and the logits r learned without this
+    row. In the model, its label is drawn from softmax(b + w r). The result is the posterior mode
+    under the prior w ~ N(1, 0.2^2).
     """
     from scipy.optimize import minimize_scalar
 
@@ -763,7 +777,7 @@ def _fold_of_rows(problem: Problem, block: Block) -> Tensor:
     first_row, picture_of_row = problem.rows.pictures()
     first_row = first_row.to(problem.device)
     picture_of_row = picture_of_row.to(problem.device)
-    # The pictures are sorted by class, and the folds are assigned in turn. So a class's rows
+    # The pictures are sorted by class and get the folds 0, 1, 2, 3, 4, 0, 1, ... So a class's rows
     # are spread over the folds, and a class loses few rows when a fold is held out.
     pictures_by_class = block.batch.target[first_row].argsort(stable=True)
     fold_of_picture = torch.empty_like(first_row)
@@ -778,10 +792,11 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
     The logarithm is 0 for a class with labels, and at most 0 for a class without labels.
 
-    Let f of the n labels be the only label in their class. Let s be the share of all images that
-    show classes without labels. The formula of Good and Turing estimates s = f / n. Here s is at
-    least 1 / n. This share is divided equally among the K - m classes without labels, and 1 - s
-    among the m classes with labels. So the relative frequency of a class without labels is
+    There are n labels, in m of the K classes. f of the labels are the only label in their class.
+    Let s be the share of all images that show classes without labels. The formula of Good and
+    Turing estimates s = f / n. Here s is at least 1 / n. The share s is divided equally among the
+    K - m classes without labels, and the share 1 - s among the m classes with labels. So a class
+    without labels has the frequency s / (K - m). Relative to a class with labels, this is
 
         s m / ((1 - s) (K - m))
 
@@ -810,7 +825,7 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Compute a row's variance of tempered zero-shot logits, averaged over ``sample_rows``.
+    """Compute the variance of a row's tempered zero-shot logits, averaged over ``sample_rows``.
 
     Raises:
         DataError: If the variance is too large for a fit in float32.
@@ -854,10 +869,11 @@ def _fit_texts(attention: SupervisedAttention, rows: Rows) -> None:
 
 
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Find the posterior mode of the temperature a > 0, if labels are drawn from softmax(a l).
+    """Find the temperature a > 0 as a posterior mode.
 
-    l are the logits at the start of training. The prior is log a ~ N(0, 0.5^2), so a stays near 1
-    for few labels. The likelihood over all rows is estimated from the ``sample_rows``.
+    In the model, a row's label is drawn from softmax(a l), where l are its logits at the start of
+    training. The prior is log a ~ N(0, 0.5^2), so a stays near 1 for few labels. The likelihood
+    over all rows is estimated from the ``sample_rows``.
     """
     from scipy.optimize import minimize_scalar
 
@@ -875,5 +891,6 @@ def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.de
         penalty = log_a**2 / (2 * LOG_TEMPERATURE_SD**2)
         return penalty + loss_of_all
 
+    # log a from -3 to 3: a from 1/20 to 20
     optimum = minimize_scalar(objective, bounds=(-3, 3), method="bounded")
     return math.exp(float(optimum.x))

@@ -43,9 +43,9 @@ from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
 RECORD_NAME = re.compile(r"(\d{8,})\.json")
-"""Name of a checkpoint's record: the serial number, with at least eight digits."""
+"""Name of a checkpoint's record: the serial number, in at least eight digits ("00000012.json")."""
 CHECKPOINT_FILE_NAME = re.compile(r"\d{8,}\.(json|safetensors)")
-"""Name of a checkpoint file."""
+"""Name of one of a checkpoint's two files: the record, or the tensors ("00000012.safetensors")."""
 RERUN_ADVICE = "Remove it, and run the training again"
 """Advice in messages about a damaged file."""
 
@@ -109,8 +109,8 @@ class FolderCheckpointSaver(CheckpointSaver):
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """Return the newest intact checkpoint. Warn about damaged checkpoints."""
-        # Only the leading process reads, because the other processes may have other disks. In all
-        # other processes the call returns None, and ``broadcast`` passes on the bytes.
+        # Only the leading process reads, because the other processes may have other disks. In the
+        # other processes the call returns None, and ``broadcast`` gives them the leader's bytes.
         record, weight_bytes = self.world.call_on_leader(self._read_newest) or (b"", b"")
         record = self.world.broadcast(record)
         weight_bytes = self.world.broadcast(weight_bytes)
@@ -121,7 +121,7 @@ class FolderCheckpointSaver(CheckpointSaver):
         return Checkpoint(position, tensors)
 
     def save(self, make_checkpoint: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint, and remove all older checkpoints except the previous checkpoint."""
+        """Write a checkpoint. Of the older checkpoints, keep only the newest."""
 
         def write_checkpoint() -> None:
             checkpoint = make_checkpoint()
@@ -131,9 +131,9 @@ class FolderCheckpointSaver(CheckpointSaver):
 
     def _write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint under the next serial number, and keep a single older checkpoint."""
-        last_serial = max(self._serials(), default=0)
-        last_name = f"{last_serial:08d}"
-        name = f"{last_serial + 1:08d}"
+        previous_serial = max(self._serials(), default=0)
+        previous_name = f"{previous_serial:08d}"
+        name = f"{previous_serial + 1:08d}"
         tensors = {}
         for key, tensor in checkpoint.tensors.items():
             detached_tensor = tensor.detach()
@@ -144,13 +144,12 @@ class FolderCheckpointSaver(CheckpointSaver):
             "position": checkpoint.position,
             "tensors_sha256": bytes_hash(weight_bytes),
         }
-        # The process may be killed at any moment. The record has the hash of the tensors, and is
-        # written after the tensors. So a checkpoint with a record is complete. Older checkpoints
-        # are removed last.
+        # The process may be killed at any moment. The record is written after the tensors, so a
+        # checkpoint with a record is complete. Older checkpoints are removed last.
         make_folder(self.folder)
         write_bytes(self.folder / f"{name}.safetensors", weight_bytes)
         write_json(self.folder / f"{name}.json", record)
-        self._prune(names_to_keep={name, last_name})
+        self._prune(names_to_keep={name, previous_name})
 
     def _serials(self) -> list[int]:
         """List the serial numbers of the checkpoints in the folder, ascending."""
@@ -166,13 +165,14 @@ class FolderCheckpointSaver(CheckpointSaver):
     def _prune(self, names_to_keep: set[str]) -> None:
         """Remove all checkpoint files except the files in ``names_to_keep``."""
         with convert_os_errors(f"cannot remove a checkpoint in {self.folder}"):
-            # sorted, so that a checkpoint's record (.json) is removed before the tensors
+            # The paths are sorted, so a checkpoint's record (.json) is removed before its tensors
+            # (.safetensors). No record is left without tensors.
             for path in sorted(self.folder.iterdir()):
                 if is_checkpoint_file(path.name) and path.stem not in names_to_keep:
                     path.unlink()
 
     def _read_newest(self) -> tuple[bytes, bytes]:
-        """Read record and tensors of the newest intact checkpoint, as bytes.
+        """Read the newest intact checkpoint. Return its record and its tensors, as bytes.
 
         If the folder has no checkpoints, both are empty.
 
@@ -198,7 +198,10 @@ class FolderCheckpointSaver(CheckpointSaver):
         return b"", b""
 
     def _require_same_inputs(self, saved_inputs: dict[str, object]) -> None:
-        """Refuse checkpoints whose run had other inputs than this run (the record's "binding")."""
+        """Refuse a checkpoint whose run had other inputs than this run.
+
+        ``saved_inputs`` are the "binding" in the checkpoint's record.
+        """
         differences = []
         for key in sorted(saved_inputs.keys() | self.run_inputs.keys()):
             saved_value = saved_inputs.get(key)
@@ -214,7 +217,7 @@ class FolderCheckpointSaver(CheckpointSaver):
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Return whether a file name belongs to a checkpoint file, or to its temporary form."""
+    """Return whether a file has the name of a checkpoint file, or of its temporary form."""
     temporary_name = TEMPORARY_NAME.fullmatch(name)
     if temporary_name:
         name = temporary_name["name"]
@@ -373,10 +376,10 @@ def _remove_empty(folder: Path) -> None:
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash the rows with the indices ``rows`` in a source.
+    """Hash those rows of a source whose indices are ``rows``.
 
-    The hash depends on the indices, the targets, the embedding space, and a sample of the
-    identifiers and image embeddings.
+    The hash depends on the indices, the targets, the embedding space, the candidate count, the pool
+    size, and a sample of the identifiers and image embeddings.
     """
     rows_of_images = evenly_spaced_rows(rows, MAX_SAMPLED_ROWS)
     tensors = {
@@ -408,7 +411,7 @@ def evenly_spaced_rows(rows: Tensor, n: int) -> Tensor:
 
 
 class Stateful(Protocol):
-    """A training step's part that remembers earlier batches, such as a moving average."""
+    """A part of the training step that remembers earlier batches, such as a moving average."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what is remembered from earlier batches, as tensors by name."""
@@ -421,8 +424,8 @@ class Stateful(Protocol):
 class History:
     """Loss and validation AUROC in each epoch.
 
-    ``kept_epoch`` is the epoch (0-based) whose weights are kept so far as the result. -1 means
-    that no weights are kept yet.
+    ``kept_epoch`` is the number of the epoch whose weights are the result so far. The first epoch
+    has the number 0. Before the first epoch ends, ``kept_epoch`` is -1.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -503,7 +506,7 @@ def unpack_checkpoint(
 
 
 def _tensors_by_part(checkpoint: Checkpoint) -> defaultdict[str, dict[str, Tensor]]:
-    """Group a checkpoint's tensors: a dictionary by name for each part, such as "head".
+    """Group a checkpoint's tensors by part, such as "head". Each part maps names to tensors.
 
     A part without tensors is an empty dictionary.
     """
@@ -519,14 +522,15 @@ def _momenta(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     momenta = {}
     states = optimizer.state_dict()["state"]
     for number, state in states.items():
-        has_momentum = state["momentum_buffer"] is not None
-        if has_momentum:
-            momenta[str(number)] = state["momentum_buffer"]
+        momentum = state["momentum_buffer"]
+        if momentum is not None:
+            momenta[str(number)] = momentum
     return momenta
 
 
 def _load_momenta(saved_momenta: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Set every trained parameter's momentum. Refuse missing or further momenta."""
+    # an optimizer's state numbers the parameters of all groups in sequence
     groups = [group["params"] for group in optimizer.param_groups]
     all_parameters = _keyed_by_number(itertools.chain(*groups))
     trained_parameters = {}
@@ -566,9 +570,10 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
 def copy_tensors_into(
     destination: Mapping[str, Tensor], *, saved_tensors: Mapping[str, Tensor], tensors_name: str
 ) -> None:
-    """Copy saved tensors into the tensors of ``destination`` with the same names and forms.
+    """Copy every saved tensor into the tensor of ``destination`` with the same name.
 
-    Other names or forms are refused. Messages call the tensors ``tensors_name``.
+    Both must have the same names, and tensors with the same name must have the same shape and type.
+    Error messages call the tensors ``tensors_name``.
     """
     _require_same_forms(tensors_name, saved_tensors, destination)
     with torch.no_grad():
@@ -584,7 +589,7 @@ def _require_same_forms(
     expected_forms = _forms(expected_tensors)
     if saved_forms == expected_forms:
         return
-    differing_names = sorted(saved_forms.keys() ^ expected_forms.keys())
+    differing_names = sorted(saved_forms.keys() ^ expected_forms.keys())  # in only one of the two
     if not differing_names:
         differing_names = [
             name for name in saved_forms if saved_forms[name] != expected_forms[name]

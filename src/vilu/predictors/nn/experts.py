@@ -62,8 +62,8 @@ class Adapter(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute outputs (B, K) to add to the training classes' logits, in their order."""
-        # The inputs have a mean square norm of 1. With the factor, a coordinate has a mean square
-        # of 1.
+        # The inputs have a mean square norm of 1 over all their coordinates. With the factor, the
+        # mean square of a single coordinate is 1 on average.
         image = self.inputs(batch) * math.sqrt(self.inputs.width)
         hidden = functional.gelu(self.first(image))
         if self.training:
@@ -76,15 +76,17 @@ class Adapter(nn.Module):
 class Memory(nn.Module):
     """Expert by kernel ridge regression on the zero-shot errors for M labelled images.
 
-    If an image has the ``ImageInputs`` x, the memory adds to the tempered zero-shot logits
+    The kernel of two images with the ``ImageInputs`` x and x' is exp(-|x - x'|^2 / 2). Let G (M, M)
+    be the kernels between the labelled images. Y (M, K) are their one-hot labels, and P (M, K) is
+    their tempered zero-shot posterior, so Y - P are the errors.
+
+    An image with the inputs x has the kernels k(x) (M,) with the labelled images. The memory adds
+    to its tempered zero-shot logits
 
         8 k(x) (G + 0.1 I)^-1 (Y - P)
 
-    k(x) (M,) are the Gaussian kernels exp(-|x - x'|^2 / 2) between x and the labelled images x'. G
-    is the labelled images' Gram matrix, Y (M, K) are their one-hot labels, and P (M, K) is their
-    tempered zero-shot posterior.
-
-    ``bank`` has the labelled images' inputs x'. ``values`` has 8 (G + 0.1 I)^-1 (Y - P).
+    ``bank`` (M, D + F) has the labelled images' inputs. ``values`` (M, K) is the product without
+    k(x).
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -99,17 +101,17 @@ class Memory(nn.Module):
     def gaussian_kernels(row_factors: Tensor, bank_factors: Tensor) -> Tensor:
         """Compute Gaussian kernels (N, M) from rows and bank, both from ``exponent_factor``.
 
-        The exponents are computed in float64, because the exponents are small differences of terms
-        as large as 10. In float32 the kernel would have an error of 1e-4.
+        The exponents are small differences between terms as large as 10. They are computed in
+        float64, because in float32 the kernel would have an error of 1e-4.
         """
         return (row_factors @ bank_factors.T).exp_()
 
     @staticmethod
     def exponent_factor(rows: Tensor, *, is_bank: bool) -> Tensor:
-        """Append two columns to rows, so that row products are the kernel's exponents.
+        """Append two columns to rows, so that products of rows are the kernel's exponents.
 
-        The result is (N, D + F + 2) float64. For inputs x and x' the exponent is -|x - x'|^2 / 2.
-        The exponent is the product of two longer vectors, from x and from the bank's x':
+        The result is (N, D + F + 2) float64. The exponent for x and an x' from the bank is
+        -|x - x'|^2 / 2. It is the product of two longer vectors, one from x and one from x':
 
             x . x' - |x|^2 / 2 - |x'|^2 / 2 = (x, -|x|^2 / 2, 1) . (x', 1, -|x'|^2 / 2)
 
@@ -126,7 +128,7 @@ class Memory(nn.Module):
     def fit(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Fit a memory to labelled rows. The rows must be few enough for a single batch."""
         device = attention.classes.device
-        (batch_of_all,) = rows.steps(len(rows.index))
+        (batch_of_all,) = rows.steps(len(rows.index))  # a single step has all rows
         batch = batch_of_all.to(device)
         n_classes = len(batch.text)
         memory = cls(attention.inputs, len(batch.index), n_classes)
@@ -144,7 +146,7 @@ class Memory(nn.Module):
         return residual(batch)
 
     def residual_function(self) -> Callable[[Batch], Tensor]:
-        """Return a function with the result of ``forward``, but faster for several batches.
+        """Return a function that computes the same as ``forward``, but faster for many batches.
 
         The bank's vectors are the same for all batches, and are computed only once.
         """
@@ -153,7 +155,7 @@ class Memory(nn.Module):
 
         def residual(batch: Batch) -> Tensor:
             row_factors = self.exponent_factor(self.inputs(batch), is_bank=False)
-            # an exported graph is for any row count, and therefore has no blocks
+            # An exported graph is for any row count, so it cannot have a fixed number of blocks.
             if torch.compiler.is_exporting():
                 outputs = self.gaussian_kernels(row_factors, bank_factors) @ values
                 return outputs.to(self.bank)
@@ -180,7 +182,7 @@ def ridge_weights(bank: Tensor, errors: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """M experts for the true candidate: an attention, and its ``companions``.
+    """M experts that are pooled: an attention, and its ``companions``.
 
     A companion is an ``Adapter`` or a ``Memory``, with outputs only for the training classes.
     ``weights`` (M,) float64 are the experts' weights in a log-linear pool. The first weight
@@ -207,9 +209,9 @@ class Experts(nn.Module):
     def logit_blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
         """Yield blocks of rows with their pooled logits.
 
-        A block is so small that its logits stay in the cache. The part of the logits that is
-        linear in the image is a single matrix product. The keys for this product are
-        computed once per batch.
+        A block is so small that its logits stay in the cache. A single matrix product of queries
+        with keys gives the part of the logits that is linear in the image. The keys are computed
+        once per batch.
         """
         attention = self.attention
         class_match = attention.match_classes(batch.text)
@@ -227,7 +229,8 @@ class Experts(nn.Module):
             logits = attention.queries(block_batch) @ keys.T
             if all_are_classes:
                 logits = add_given_logits(logits, self._pooled_given_logits(block_batch))
-            else:  # the keys lack the tempered logits, because the temperature depends on the match
+            else:
+                # these keys do not contain the tempered logits, whose temperature differs here
                 logits = logits + attention.tempered_logits(block_batch, class_match)
             for weight, residual_of in residuals:
                 logits = logits.add_(residual_of(block_batch), alpha=weight)
@@ -247,7 +250,7 @@ class Experts(nn.Module):
         return keys + sum(weights) * self.attention.tempered_logit_keys(batch)
 
     def _pooled_given_logits(self, batch: Batch) -> Tensor | None:
-        """Compute the pool's tempered given logits (B, K) for a ``LogitBatch``, else None."""
+        """Compute the pool's tempered logits (B, K) for a ``LogitBatch``. Else return None."""
         given_logits = self.attention.tempered_given_logits(batch)
         if given_logits is None:
             return None
@@ -264,6 +267,7 @@ class Experts(nn.Module):
         # not just these classes in this order, output columns are selected.
         classes = class_match.nearest_class  # every candidate's class
         is_complete = len(classes) == len(self.attention.classes)
+        # K class numbers, each one more than the number before, can only be 0 to K - 1
         is_in_order = is_complete and bool((classes.diff() == 1).all())
         companion_weights = self.weights.tolist()[1:]
         weighted_residuals = []
@@ -309,9 +313,10 @@ class Experts(nn.Module):
     def pooled_parts(self, batch: Batch) -> PooledLogits:
         """Split a batch's pooled logits into three parts.
 
-        Expert m has the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits, and a is the
-        temperature. r_m is the expert's residual. x is the standardised image, equal to 0 for
-        the mean training image. If R = sum_m w_m r_m, the pooled logits are
+        Expert m has the weight w_m and the logits l_m = a l0 + r_m(x). l0 are the zero-shot logits,
+        a is the temperature, and r_m is the expert's residual. x is the standardised image, equal
+        to 0 for the mean training image. With the pooled residual R = sum_m w_m r_m, the pooled
+        logits are
 
             sum_m w_m l_m = (sum_m w_m) a l0 + R(0) + (R(x) - R(0))
         """
@@ -325,7 +330,7 @@ class Experts(nn.Module):
         )
 
     def _pooled_residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute R(x) (B, K), tempered logits (B, K), and total weight (), all in float64."""
+        """Compute R(x) (B, K), the tempered logits (B, K), and sum_m w_m (), all in float64."""
         class_match = self.attention.match_classes(batch.text)
         tempered_logits = float64(self.attention.tempered_logits(batch, class_match))
         logits = float64(self.expert_logits(batch))
@@ -348,7 +353,7 @@ class Experts(nn.Module):
 def _select_columns(
     residual: Callable[[Batch], Tensor], column_index: Tensor
 ) -> Callable[[Batch], Tensor]:
-    """Return a function to compute the columns ``column_index`` (K,) of ``residual``."""
+    """Return a function that computes the columns ``column_index`` (K,) of ``residual``."""
 
     def columns_of_residual(batch: Batch) -> Tensor:
         return residual(batch)[:, column_index]
@@ -358,14 +363,14 @@ def _select_columns(
 
 def pooled_logits(logits: Tensor, weights: Tensor) -> Tensor:
     """Compute the weighted sum (B, K) float64 over the M experts' logits (B, M, K)."""
-    # Logits are log-probabilities up to a constant. So the weighted sum of logits belongs to a
-    # product of probabilities: the log-linear pool q ~ prod_m p_m^w_m.
+    # Logits are log-probabilities up to a constant. So a weighted sum of logits is the logarithm of
+    # a product of probabilities: the log-linear pool q is in proportion to prod_m p_m^w_m.
     weight_of_expert = pool_weights(logits, weights)
     return torch.einsum("m,bmk->bk", weight_of_expert, logits)
 
 
 def pool_weights(logits: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' ``weights`` (M,) for logits (B, M, K), or 1 for the attention alone."""
+    """Return the experts' weights (M,) for logits (B, M, K). A single expert has the weight 1."""
     n_experts = logits.shape[1]
     if n_experts > 1:
         return weights.to(logits.device)

@@ -57,9 +57,11 @@ class CrossAttention(nn.Module, ABC):
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float, next_layer: Tensor
     ) -> Tensor:
-        """Compute the average text sum_j alpha_j W_V t_j (B, H), multiplied by ``next_layer``.
+        """Compute the average text, multiplied by ``next_layer`` (B, H).
 
-        The computation is in float32. With many texts, no (B, K) tensor is needed.
+        Text t_j has the attention alpha_j from the image. With the value matrix W_V, the average
+        text is sum_j alpha_j W_V t_j. The computation is in float32. With many texts, no (B, K)
+        tensor is needed.
 
         Args:
             image: (B, D) unit-norm embeddings.
@@ -72,9 +74,9 @@ class CrossAttention(nn.Module, ABC):
         with torch.autocast(image.device.type, enabled=False):
             if has_few_texts(text, image):
                 # Both branches compute the same result. This branch projects the texts, and the
-                # second branch projects the images. With 10 texts and 128 images, this branch takes
-                # three quarters of the second branch's time. The (B, K) weights are small
-                # here. So a fused kernel would save little memory, and would take longer.
+                # second branch projects the images. With 10 texts and 128 images, this branch needs
+                # three quarters of the other branch's time. The (B, K) weights are small here, so a
+                # fused kernel would save little memory. It would also take longer.
                 keys = (text @ key.T) @ query
                 values = (text @ value.T) @ next_layer.T
                 weights = (scale * (image @ keys.T)).softmax(dim=1)
@@ -108,12 +110,12 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
 class OfficialAttention(CrossAttention):
     """Cross-attention as in the released code, with the same matrix for keys and values.
 
-    With the VLM's logit scale s,
+    z_v is the image, z_tj is text j, and s is the VLM's logit scale. W_v and W_t are learned.
 
         alpha = softmax_j(s (W_v z_v) . (W_t z_tj))
         attended text = sum_j alpha_j W_t z_tj
 
-    W_v and W_t start as the identity, so alpha starts as the zero-shot posterior.
+    In the beginning W_v and W_t are the identity, so alpha is the zero-shot posterior.
     """
 
     def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:  # noqa: ARG002
@@ -130,7 +132,9 @@ class OfficialAttention(CrossAttention):
 
 
 class PaperAttention(CrossAttention):
-    """Cross-attention as in the paper, with W_Q, W_K, W_V and the scale 1 / sqrt(d).
+    """Cross-attention as in the paper, with three learned matrices W_Q, W_K and W_V.
+
+    z_v is the image, z_tj is text j, and d is the embedding width.
 
         alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d))
         attended text = sum_j alpha_j W_V z_tj
@@ -182,11 +186,11 @@ def xavier_matrix(dim: int, generator: torch.Generator | None) -> nn.Parameter:
 
 
 class FailureHead(nn.Module):
-    """Network for the failure logit g = MLP(z) of a joint embedding z, with ReLU.
+    """Network for the failure logit g. The failure probability is sigmoid(g).
 
-    z concatenates the image z_v, the attended text, the predicted caption z_t̂ and the answer's
-    zero-shot probability. All parts except z_v are optional. The failure probability is
-    sigmoid(g). With only z_v, this is the head of ``LVU``.
+    g = MLP(z), where z is a joint embedding and the MLP has ReLU activations. z concatenates the
+    image z_v, the attended text, the predicted caption z_t̂ and the answer's zero-shot probability.
+    All parts except z_v are optional. With only z_v, this is the head of ``LVU``.
 
     Args:
         dim: Embedding width D.
@@ -195,12 +199,11 @@ class FailureHead(nn.Module):
         predicted_caption: Whether z has z_t̂, the answer's text embedding.
         mcm: Whether z has the answer's zero-shot probability (supplement, B.2). For the
             zero-shot answer this is max_j p_j.
-        dropout: Applied after every hidden layer. If None, no dropout, as published.
+        dropout: Applied after every hidden layer. If None, there is no dropout, as published.
         generator: Generator for the initial weights. If None, torch's global generator.
 
-    The parts are ordered as in the released code, not as in the paper, to allow the use of
-    released weights. The released head returns a confidence logit. This head returns minus
-    the confidence logit.
+    The parts are ordered as in the released code, not as in the paper, so that released weights can
+    be used. The released head returns a confidence logit, and this head returns its negative.
 
     Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
     """
@@ -243,7 +246,7 @@ class FailureHead(nn.Module):
     def first_layer(self, batch: Batch) -> Tensor:
         """Compute the first layer's outputs (B, H) before the activation.
 
-        The batch has an effect on all later layers only through these outputs.
+        All later layers depend on the batch only through these outputs.
         """
         outputs: Tensor = self.first_bias
         terms = self.first_layer_terms(batch)
@@ -252,7 +255,7 @@ class FailureHead(nn.Module):
         return outputs
 
     def first_layer_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Compute the terms (B, H) in the first layer's outputs, for each part of z by name."""
+        """Compute what each part of z adds to the first layer's outputs: (B, H), by part name."""
         terms = {"image": functional.linear(batch.image, self.first["image"])}
         if self.attention is not None:
             terms["attended"] = self.attention(
@@ -295,12 +298,13 @@ def first_layer_weights(
 def perceptron(
     widths: Sequence[int], dropout: Dropout | None, generator: torch.Generator | None
 ) -> nn.Sequential:
-    """Make all layers after the first: for each a ReLU, ``dropout`` if any, and a linear layer.
+    """Make all layers after the first layer.
 
-    ``widths`` are all layers' output counts, including the first layer.
+    Each is a ReLU, then ``dropout`` if any, then a linear layer. ``widths`` are the output counts
+    of all layers, including the first layer.
     """
-    # All layers are built first, and initialised again afterwards. With a different order, the same
-    # seed would give other weights than in earlier versions.
+    # All layers are built first, and initialised again afterwards. Both draw random numbers. In a
+    # different order, the same seed would give other weights than in earlier versions.
     linear_layers = [
         linear(n_inputs, n_outputs, generator) for n_inputs, n_outputs in itertools.pairwise(widths)
     ]
@@ -328,7 +332,7 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], method_name: str)
     expected_forms = _shapes_and_types(network.state_dict())
     actual_forms = _shapes_and_types(state)
     if actual_forms != expected_forms:
-        # A tensor's name, sizes and type are compared. ^ keeps what only one side has.
+        # An element is a tensor's name with its sizes and type. ^ keeps what only one side has.
         actual = set(actual_forms.items())
         expected = set(expected_forms.items())
         differing_forms = sorted(actual ^ expected, key=str)

@@ -20,7 +20,8 @@ def linear(n_inputs: int, n_outputs: int, generator: torch.Generator | None) -> 
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)  # as nn.Linear does
         bound = 1 / math.sqrt(n_inputs)
         nn.init.uniform_(bias, -bound, bound, generator=generator)
-    # on the meta device, nn.Linear draws no numbers from the global generator
+    # nn.Linear initialises its own weights, from the global generator. On the meta device it has no
+    # memory for weights, and so draws no numbers.
     layer = nn.Linear(n_inputs, n_outputs, device="meta", dtype=weight.dtype)
     layer.weight = nn.Parameter(weight)
     layer.bias = nn.Parameter(bias)

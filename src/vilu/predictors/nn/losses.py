@@ -33,10 +33,14 @@ EMA_MOMENTUM = 0.99
 
 
 def adaptive_weight(error_rate: Tensor) -> Tensor:
-    """Compute ViLU's failure weight w = log(1 + N_s / N_f) = -log(e) for error rates e in [0, 1].
+    """Compute ViLU's failure weight w for error rates e in [0, 1].
 
-    N_s and N_f count the successes and the failures. w is clipped to [0.05, -log(1e-6)],
-    because the published formula is infinite without failures and zero without successes.
+    With N_s successes and N_f failures, e = N_f / (N_s + N_f) and
+
+        w = log(1 + N_s / N_f) = -log(e)
+
+    w is clipped to [0.05, -log(1e-6)], because the formula is infinite without failures and zero
+    without successes.
 
     Source: ViLU, Eq. 9.
     """
@@ -82,8 +86,8 @@ class FailureWeight:
         """Compute the scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant_weight is not None:
             return self.constant_weight.to(failure.device)
-        # The mean is over all processes, and waits until every process has called ``mean``. So mode
-        # "dataset" calls ``mean``, too, although the result is not used.
+        # The mean is over all processes. The call waits until every process has called ``mean``. In
+        # mode "dataset" it keeps the processes in step, although the result is not used.
         batch_rate = current_world().mean(failure.float())
         if self.mode == "batch":
             return adaptive_weight(batch_rate)
@@ -94,7 +98,7 @@ class FailureWeight:
         return adaptive_weight(error_rate)
 
     def _constant_weight(self, static_weight: float) -> Tensor | None:
-        """Return the weight if the mode uses the same weight for all batches, else None."""
+        """Return the weight, if the mode has the same weight for all batches. Else return None."""
         if self.mode == "static":
             return torch.tensor(float(static_weight), dtype=torch.float32)
         if self.mode == "balanced":
@@ -107,7 +111,7 @@ class FailureWeight:
         return {"rate": self.error_rate}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Set the error rate to the error rate in a ``state``."""
+        """Take the error rate from a ``state``. Refuse a state with anything else."""
         is_one_rate = state.keys() == {"rate"} and state["rate"].shape == self.error_rate.shape
         if not is_one_rate:
             names = ", ".join(sorted(state)) or "nothing"
@@ -116,9 +120,10 @@ class FailureWeight:
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Compute the batch mean of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
+    """Compute the weighted binary cross-entropy, averaged over the batch.
 
-    g (B,) are the failure logits, y (B,) the failures (0 or 1), and w is the failure weight.
+    A row has the failure logit g (``logit``) and the failure y, which is 0 or 1 (``failure``). With
+    the weight w, its cross-entropy is -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
     """
     return functional.binary_cross_entropy_with_logits(
         logit.float(), failure.float(), pos_weight=weight
@@ -132,9 +137,11 @@ def weighted_mse(
     weight: Tensor,
     link: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Tensor:
-    """Compute the batch mean of w_i (link(g_i) - target_i)^2, with w_i = w for failures, else 1.
+    """Compute the weighted squared error, averaged over the batch.
 
     ``link`` is an increasing function from failure logits (B,) to the range of the targets (B,).
+    The error of a row with the logit g is link(g) minus its target. Failures have the ``weight``,
+    and successes have the weight 1.
     """
     estimate = link(logit.float())
     squared_error = (estimate - target).square()
@@ -157,19 +164,19 @@ def weighted_mse_loss(
 ) -> Callable[[FailureWeight], Loss]:
     """Return a function from a failure weight to a loss.
 
-    The loss is the weighted squared error between link(g) and a batch's ``target``. If the
-    targets' mean square in the batch exceeds 1, the loss is divided by this mean square.
+    The loss is the weighted squared error between link(g), with the failure logit g, and a batch's
+    ``target``. If the mean square of the batch's targets exceeds 1, the loss is divided by it.
     """
 
-    def make_loss(weight: FailureWeight) -> Loss:
+    def make_loss(failure_weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
             targets = target(batch)
-            # The target -log p grows with the VLM's logit scale. A training step's size must not
-            # grow with the logit scale.
+            # The target -log p grows with the VLM's logit scale. Without the division, training
+            # steps would grow, too.
             mean_square = current_world().mean(targets.square())
             divisor = mean_square.clamp(min=1)
-            failure_weight = weight(batch.failure)
-            return weighted_mse(logit, targets, batch.failure, failure_weight, link) / divisor
+            weight = failure_weight(batch.failure)
+            return weighted_mse(logit, targets, batch.failure, weight, link) / divisor
 
         return loss
 
@@ -191,4 +198,4 @@ LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
     "loss": weighted_mse_loss(zero_shot_loss, functional.softplus),
     "bce": bce_loss,
 }
-"""Maps a loss name to a function from a failure weight to a head's loss."""
+"""Functions from a failure weight to a head's loss, by loss name."""

@@ -24,7 +24,7 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 
 class World:
-    """The processes that train together, from the view of this process.
+    """The processes that train together, seen from this process.
 
     In this base class, this process trains alone.
     """
@@ -38,17 +38,17 @@ class World:
         return self.rank == 0
 
     def process_slice(self, n_rows: int) -> slice:
-        """Return this process's slice of ``n_rows`` rows.
+        """Return the slice of ``n_rows`` rows that this process works on.
 
         The slices of all processes together are all rows. The slice lengths differ by at
-        most 1, and may be 0.
+        most 1, and may be 0. For example, four processes share 10 rows as 2, 3, 2 and 3.
         """
         start = n_rows * self.rank // self.size
         stop = n_rows * (self.rank + 1) // self.size
         return slice(start, stop)
 
     def wrap_for_averaging(self, network: nn.Module) -> nn.Module:
-        """Wrap a network, in order to average the gradients over the processes."""
+        """Return the network in a form that averages the gradients over the processes."""
         return network
 
     def sum_(self, tensor: Tensor) -> None:
@@ -81,7 +81,7 @@ class World:
 
 
 class Group(World):
-    """Several ``torch.distributed`` processes, from the view of this process.
+    """Several ``torch.distributed`` processes, seen from this process.
 
     A method returns only after all processes have called it.
     """
@@ -127,7 +127,7 @@ class Group(World):
 
     def broadcast(self, data: bytes) -> bytes:
         """Return the leading process's ``data``, in every process."""
-        # the byte count is sent first, because the other processes do not know the byte count
+        # the byte count is sent first, because the other processes must allocate the memory
         leader = 0
         count = torch.tensor(len(data), device=self.device)
         dist.broadcast(count, src=leader)
@@ -152,8 +152,8 @@ class Group(World):
             return None
         try:
             result = action()
-        # Any exception is caught, because the other processes wait for a message in any case. The
-        # message has the error's kind and text. Here the exception is raised again.
+        # Any exception is caught, because the other processes wait for a message in any case. In
+        # this process, the exception is raised again.
         except Exception as error:
             self.broadcast(f"{type(error).__name__}\n{error}".encode())
             raise
@@ -162,9 +162,9 @@ class Group(World):
 
 
 def _error_of_leader(error_report: str) -> Exception:
-    """Make the error to raise in another process for the leading process's error.
+    """Make the error that the other processes raise, from a report on the leading process's error.
 
-    The report has two lines: the error's class name, and the error's message.
+    The report's first line is the error's class name. The other lines are the error's message.
     """
     kind, _, message = error_report.partition("\n")
     text = f"the leading process stopped with {kind}: {message}"
@@ -179,7 +179,10 @@ _world: ContextVar[World] = ContextVar("world", default=World())  # noqa: B039
 
 
 def current_world() -> World:
-    """Return the processes in a ``with world()`` block. Outside, return this process alone."""
+    """Return the world of the current ``with world()`` block.
+
+    Outside such a block, the result is this process alone.
+    """
     return _world.get()
 
 
@@ -231,7 +234,7 @@ def _select_gpu(local_rank: int) -> None:
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Read rank, process count, and rank on this machine from torchrun's variables.
+    """Read the rank, the process count, and the rank on this machine from torchrun's variables.
 
     Without torchrun there is a single process: rank 0 of 1, and rank 0 on this machine.
     """
@@ -265,7 +268,7 @@ def _require_all_variables(environment: Mapping[str, str]) -> None:
 def _read_whole_numbers(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Read RANK, WORLD_SIZE and LOCAL_RANK as integers.
 
-    Refuses values for these variables or for MASTER_PORT, unless the values are whole numbers.
+    If one of these variables or MASTER_PORT is no whole number, UsageError is raised.
     """
     wrong_settings = []
     for name in TORCHRUN_VARIABLES:
@@ -301,7 +304,7 @@ def _connect(
             f"process {rank} of {size} cannot join the others at {address}: {error}. "
             "Start all of them with the same torchrun command."
         ) from error
-    cpu = torch.device("cpu")
+    cpu = torch.device("cpu")  # counts and messages are exchanged on the CPU
     return Group(rank, size, device=cpu)
 
 

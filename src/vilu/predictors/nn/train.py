@@ -34,13 +34,13 @@ from vilu.progress import Task, track
 logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 35
-"""Default epoch count, if this gives ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
+"""Default epoch count, if so many epochs have ``MIN_STEPS`` to ``MAX_STEPS`` steps in all."""
 MIN_STEPS = 1_400
 """Minimum number of steps in a training run with the default epoch count."""
 MAX_STEPS = 6_000
 """Maximum number of steps in a training run with the default epoch count."""
 FREEZE_STEPS = 1_000
-"""Default number of steps before a head's attention is trained."""
+"""By default, a head's attention is trained only after about this many steps."""
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> float:
@@ -51,14 +51,14 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> fl
     if step < warmup_steps:
         return 0.1 + 0.9 * step / warmup_steps
     angle = math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(angle))
+    return 0.5 * (1 + math.cos(angle))  # 1 at the angle 0, and 0 at the angle pi
 
 
 def default_epochs(epoch_steps: int) -> int:
     """Compute the default epoch count, given ``epoch_steps`` steps per epoch.
 
-    The count is 35, changed so that there are at least 1,400 and at most 6,000 steps in all, and
-    then clipped to 10 ... 300.
+    The count is 35, or more epochs to reach 1,400 steps in all, or fewer epochs to stay near 6,000
+    steps in all. Then the count is clipped to 10 ... 300.
     """
     min_epochs = math.ceil(MIN_STEPS / epoch_steps)
     max_epochs = math.ceil(MAX_STEPS / epoch_steps)
@@ -92,20 +92,20 @@ class Plan:
     epoch_steps: int  # steps per epoch
     epochs: int
     warmup_steps: float
-    frozen_epochs: int  # epochs before the attention is trained
+    frozen_epochs: int  # how many epochs end before the attention is trained
 
     @classmethod
     def of(
         cls, epoch_steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None
     ) -> Plan:
-        """Make the plan for ``epoch_steps`` steps per epoch. ``TrainConfig`` explains the rest."""
+        """Make the plan, given the steps per epoch and three parameters of ``HeadPredictor``."""
         epochs = epochs or default_epochs(epoch_steps)
         frozen_epochs = freeze_epochs
         if frozen_epochs is None:
             # without this maximum, a short run would never train the attention
             max_frozen = max(epochs // 2, 1)
             frozen_epochs = min(math.ceil(FREEZE_STEPS / epoch_steps), max_frozen)
-        warmup_steps = min(warmup_epochs, epochs / 10) * epoch_steps
+        warmup_steps = min(warmup_epochs, epochs / 10) * epoch_steps  # at most a tenth of all steps
         return cls(
             epoch_steps=epoch_steps,
             epochs=epochs,
@@ -147,7 +147,7 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
     # ``zip`` turns each batch's fields into blocks for each field of ``ZeroShot``
     for blocks_of_field in zip(*answers_of_batches, strict=True):
         field_of_rows = torch.cat(blocks_of_field)
-        # an entry for every row in the source. Entries outside ``rows`` are unused
+        # The source has more rows than ``rows``. Every row has an entry, and the others are unused.
         field_of_source = field_of_rows.new_zeros(len(rows.source))
         filled_field = field_of_source.index_put((rows.index,), field_of_rows)
         fields.append(filled_field)
@@ -178,7 +178,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     pool_size = rows.source.pool_size
     if not pool_size:
         return math.ceil(n_rows / batch_size)
-    # a step trains on a full pool. Rows that fill no pool are left out in this epoch
+    # A step trains on a full pool. The rows left over are too few for a pool, and are left out.
     n_pools = n_rows // pool_size
     if not n_pools:
         raise DataError(f"training needs at least one pool of {pool_size} rows. Got {n_rows} rows.")
@@ -198,7 +198,7 @@ def require_finite_loss(mean_loss: float, learning_rate: float) -> float:
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
     """Compute the standard error of an AUROC ``value``.
 
-    Source: Hanley and McNeil, Radiology 1982. The formulas for q1 and q2 assume exponentially
+    Source: Hanley and McNeil, Radiology 1982. Their formulas for q1 and q2 assume exponentially
     distributed scores.
     """
     q1 = value / (2 - value)  # probability that two failures score above a success
@@ -237,7 +237,7 @@ class HeadTrainer:
             self.attention_parameters = list(head.attention.parameters())
         for parameter in self.attention_parameters:  # frozen until ``unfreeze_attention``
             parameter.requires_grad_(False)
-        self.order_generator = torch.Generator().manual_seed(config.seed)
+        self.order_generator = torch.Generator().manual_seed(config.seed)  # shuffles the rows
         perceptron_parameters = [*head.first.values(), head.first_bias, *head.rest.parameters()]
         # A frozen attention has no gradients, so SGD does not change the attention, not even by
         # weight decay. The attention has a separate group, because the fused SGD kernel starts
@@ -253,10 +253,10 @@ class HeadTrainer:
     def run(self, train: Rows, validation: Rows | None) -> History:
         """Train the head, and load the weights from the epoch chosen by validation.
 
-        The chosen epoch is the latest epoch with a validation AUROC at most one standard error
-        below the best AUROC up to then. A few hundred validation rows cannot distinguish such
-        epochs, and with the cosine schedule later epochs are usually better. Without validation
-        rows, the last epoch is chosen.
+        After every epoch, the validation AUROC is compared with the best AUROC so far. If it is at
+        most one standard error lower, the epoch is chosen in place of earlier epochs. A few hundred
+        validation rows cannot distinguish such epochs, and with the cosine schedule later epochs
+        are usually better. Without validation rows, the last epoch is chosen.
         """
         config = self.config
         batch_size = config.batch_size or default_batch_size(len(train.index))
@@ -322,10 +322,10 @@ class HeadTrainer:
         """Train for an epoch, with these factors on the learning rate. Return the mean loss.
 
         For several processes, every epoch wraps the network anew, for two reasons. First, the
-        wrapper must know the trained parameters, and the attention is thawed between two epochs.
-        Second, the wrapper chooses the order of adding gradients in its first step. A resumed run
-        begins with a new wrapper. An uninterrupted run must therefore have a new wrapper in every
-        epoch, too. Otherwise the two runs could round differently.
+        wrapper must know the trained parameters, and the attention is unfrozen between two epochs.
+        Second, in its first step a wrapper chooses the order in which gradients are added. A
+        resumed run begins with a new wrapper. An uninterrupted run must therefore have a new
+        wrapper in every epoch, too. Otherwise the two runs could round differently.
         """
         self.network = self.world.wrap_for_averaging(self.head)
         self.network.train()
@@ -337,7 +337,7 @@ class HeadTrainer:
         return float(loss_sum) / len(rate_factors)
 
     def step(self, batch: Batch, learning_rate: float) -> Tensor:
-        """Do a step on a batch, at this learning rate. Return the batch's mean loss."""
+        """Train on a batch, at this learning rate. Return the batch's mean loss before the step."""
         config = self.config
         rows_of_process = self.world.process_slice(len(batch.index))
         process_batch = batch.rows(rows_of_process).to(config.device)
@@ -352,9 +352,10 @@ class HeadTrainer:
             # the sum over the processes is the mean over the batch
             loss = mean_loss * share_of_batch
         else:
-            loss = logit.sum()  # an empty sum, with gradients that exist and are zero
+            # a sum over no rows: unlike a constant 0, it has gradients, and they are zero
+            loss = logit.sum()
         self.optimizer.zero_grad(set_to_none=True)
-        # gradients are averaged over the processes, and this factor turns the average into a sum
+        # The backward pass averages gradients over the processes. The factor makes this a sum.
         (loss * self.world.size).backward()
         mean_of_batch = loss.detach()
         self.world.sum_(mean_of_batch)
@@ -389,9 +390,10 @@ class HeadTrainer:
 
     @torch.no_grad()
     def _validate(self, validation: Rows) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Compute failure logits (N,) and failures (N,) for the validation rows, in any order.
+        """Compute failure logits (N,) and failures (N,) for the validation rows.
 
-        Each process scores a part of the rows, and gets the results from all processes.
+        Each process scores a part of the rows, and gets the results from all processes. The order
+        of the rows is not kept.
         """
         self.head.eval()
         logits = []
@@ -410,7 +412,7 @@ class HeadTrainer:
 
 
 def warn_of_slow_bfloat16(config: TrainConfig) -> None:
-    """Warn if the processor emulates bfloat16, because it has no instructions for bfloat16."""
+    """Warn if the processor has no instructions for bfloat16, and must emulate it."""
     if config.precision != "bf16" or config.device.type != "cpu":
         return
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -421,7 +423,7 @@ def warn_of_slow_bfloat16(config: TrainConfig) -> None:
 
 
 def require_rows_for_processes(n_rows: int, world: World) -> None:
-    """Refuse more processes than rows in a step, because some processes would have no work."""
+    """Refuse steps with fewer rows than processes: some processes would have no work."""
     if n_rows < world.size:
         raise UsageError(
             f"a step of {n_rows} rows cannot be shared by {world.size} processes. "
@@ -483,7 +485,7 @@ def train_adamw(
 
 
 def _adamw_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """Make AdamW for all parameters of a network. Moves the network to ``config.device``."""
+    """Move a network to ``config.device``, and make AdamW for all its parameters."""
     network.to(config.device)
     parameters = network.parameters()
     return torch.optim.AdamW(
@@ -498,7 +500,7 @@ def _adamw_optimizer(network: nn.Module, config: AdamWConfig) -> torch.optim.Ada
 def _adamw_step(
     network: nn.Module, loss: Loss, batch: Batch, optimizer: torch.optim.AdamW
 ) -> Tensor:
-    """Do a step. Return the batch's mean loss before the step."""
+    """Train on a batch. Return the batch's mean loss before the step."""
     mean_loss = loss(batch, network(batch))
     optimizer.zero_grad(set_to_none=True)
     mean_loss.backward()

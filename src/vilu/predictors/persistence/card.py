@@ -101,7 +101,7 @@ class DescribedPredictor(Protocol):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """Names of the columns used by the score beside the embeddings."""
+        """Names of the columns used by the score, in addition to the embeddings."""
 
 
 def model_card(
@@ -112,7 +112,7 @@ def model_card(
     """Return a predictor's card as Markdown, with a header in YAML.
 
     ``description`` is the content of ``predictor.json``. ``risk`` is the content of ``risk.json``,
-    or None without a calibration. The header is valid YAML, whatever characters the names contain.
+    or None without a calibration. The header is valid YAML for all names.
     """
     if predictor.takes == "answers":
         return _card_of_table_predictor(description, predictor, risk)
@@ -202,7 +202,7 @@ def yaml_header(backbone: str | None, method: str) -> str:
 def hub_id(backbone: str | None) -> str | None:
     """Return a backbone's ORG/NAME on the model hub, or None if the name is not known."""
     spec = backbone or ""
-    # a named backbone has two repositories: for OpenCLIP, and for transformers (@hf)
+    # a named backbone has a repository for OpenCLIP, and another one for transformers (@hf)
     models = named_backbones()
     for name, model in models.items():
         if spec in {name, f"open_clip:{model.open_clip}"}:
@@ -255,7 +255,7 @@ def usage_lines(
         options += ["--precision", "bf16"]
     preprocess = space.get("preprocess")
     if preprocess and not str(preprocess).endswith(REDUCED_JPEGS_SUFFIX):
-        options.append("--full-decode")
+        options.append("--full-decode")  # the fit's JPEGs were decoded in full
     if "features" in predictor.columns_to_score:
         options.append("--features")
     pool_option = ""
@@ -284,11 +284,12 @@ def limit_lines(
     if not predictor.is_probability:
         sentences.append("Its score orders answers; it is no probability.")
     else:
-        calibration = "It was not calibrated on rows of its own (`vilu calibrate`)."
+        calibration_sentence = "It was not calibrated on rows of its own (`vilu calibrate`)."
         if risk:
-            calibration = "It was calibrated, see above."
+            calibration_sentence = "It was calibrated, see above."
         sentences.append(
-            f"Its score estimates P(failure) for images like those of the fit. {calibration}"
+            "Its score estimates P(failure) for images like those of the fit. "
+            f"{calibration_sentence}"
         )
     if predictor.closed_set:
         sentences.append("It scores the classes that it was fitted on and no others.")
@@ -343,7 +344,8 @@ def code_span(value: object) -> str:
     longest_run = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest_run + 1)
     is_blank = not text.strip()
-    if is_blank or text[0] in "` " or text[-1] in "` ":
+    needs_spaces = is_blank or text[0] in "` " or text[-1] in "` "
+    if needs_spaces:
         # the two spaces separate the text from the fence, and Markdown does not show the spaces
         return f"{fence} {text} {fence}"
     return f"{fence}{text}{fence}"

@@ -106,7 +106,8 @@ def _make_predictor(
             f"{path} has a head of input width {width}, "
             f"which is no concatenation of embeddings of width {dim}."
         )
-    hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
+    hidden_layers = layers[:-1]
+    hidden = tuple(len(weights[f"{layer}.bias"]) for layer in hidden_layers)  # the layers' widths
     predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
     if inputs != ["image"]:
         attention: Literal["official"] | None = None
@@ -123,7 +124,7 @@ def _layer_names(weights: dict[str, Tensor], path: str | Path) -> list[str]:
     """Return the perceptron's layer names, from the first layer to the last."""
     layers = []
     for name in weights:
-        if re.fullmatch(r"mlp\.\d+\.weight", name):
+        if re.fullmatch(r"mlp\.\d+\.weight", name):  # such as mlp.0.weight
             layers.append(name.removesuffix(".weight"))
     if not layers or any(f"{layer}.bias" not in weights for layer in layers):
         saved_names = ", ".join(weights)[:200]
@@ -151,7 +152,7 @@ def weights_of_head(
         state[f"first.{name}"] = first_sign * matrix
     state["first_bias"] = first_sign * weights[f"{first_layer}.bias"].float()
     for i, (layer, sign) in enumerate(zip(later_layers, later_signs, strict=True)):
-        new_layer = f"rest.{2 * i + 1}"  # ``rest`` has a ReLU before every linear layer
+        new_layer = f"rest.{2 * i + 1}"  # in ``rest``, members 0, 2, 4, ... are ReLUs
         for tensor in ("weight", "bias"):
             state[f"{new_layer}.{tensor}"] = sign * weights[f"{layer}.{tensor}"].float()
     if "in_proj_v.weight" in weights:
@@ -182,7 +183,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     # The function's name in the file depends on the numpy version that wrote the file.
     reduced_scalar = np.float64(0).__reduce__()
     make_scalar = cast("Callable[..., Any]", reduced_scalar[0])
-    number_types = [type(np.dtype(code)) for code in ("f8", "f4", "i8")]
+    number_types = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
     allowed_globals: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (make_scalar, "numpy.core.multiarray.scalar"),
         (make_scalar, "numpy._core.multiarray.scalar"),

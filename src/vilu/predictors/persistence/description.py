@@ -106,7 +106,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
     to a predictor are never changed.
 
     Raises:
-        UsageError: If parameters were changed after the fit, and the file could not be loaded.
+        UsageError: If parameters were changed after the fit, so that the file could not be loaded.
     """
     # a new predictor with the same parameters refuses tensors with wrong names, types or shapes
     unfitted_predictor = dataclasses.replace(predictor)
@@ -138,7 +138,7 @@ def save(predictor: SavablePredictor, folder: str | Path) -> str:
 
 
 def _has_same_fit(path: Path, description: dict[str, Any]) -> bool:
-    """Return whether the folder has a predictor with this fit, whatever the calibration."""
+    """Return whether the folder has a predictor with this fit. Calibrations may differ."""
     # JSON has no tuples, so the description in the folder has lists instead. The new description is
     # converted in the same way, to compare both descriptions.
     document = plain_json(description)
@@ -194,7 +194,7 @@ def _without_calibration(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_fit_description(path: Path) -> dict[str, Any] | None:
-    """Read ``predictor.json`` without the calibration. If the file is damaged or missing: None."""
+    """Read ``predictor.json`` without the calibration. Return None if it is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -238,6 +238,7 @@ def _has_predictor_content(path: Path) -> bool:
                 header = parse_json(document)
                 return _has_predictor_header(path.name, header)
             if path.name == CARD:
+                # this line is in the YAML header, at the beginning of the card
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
                 document = handle.read(MAX_DOCUMENT_BYTES)
@@ -252,7 +253,7 @@ def _has_predictor_content(path: Path) -> bool:
         return False
     if path.name != ROWS:
         return False
-    stated_kind = kind_and_inputs(path)
+    stated_kind = kind_and_inputs(path)  # calibration rows are a table with scores
     return stated_kind is not None and stated_kind.kind == "scores"
 
 
@@ -389,7 +390,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def home_of(cls: type) -> dict[str, Any]:
-    """Return a class's package and module, for the description. For a vilu class: empty."""
+    """Return a class's package and module, for the description. Return {} for a vilu class."""
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}

@@ -49,7 +49,7 @@ class FitSample:
 
     @classmethod
     def draw(cls, sources: Sequence[EmbeddingSource], seed: int) -> FitSample | None:
-        """Draw from the usable rows of all sources together, with equal probabilities.
+        """Draw a sample from the usable rows of all sources. All rows are equally likely.
 
         If the rows have no vectors, the result is None.
         """
@@ -69,8 +69,8 @@ class FitSample:
             end = start + count
             is_in_source = (indices >= start) & (indices < end)
             index_in_source = torch.from_numpy(indices[is_in_source] - start)
-            rows = source.usable_rows.sort().values[index_in_source]
-            block = picture_vectors(source, rows).cpu()
+            sorted_rows = source.usable_rows.sort().values
+            block = picture_vectors(source, sorted_rows[index_in_source]).cpu()
             blocks.append(block)
             start = end
         image = torch.cat(blocks).to(torch.float16)
@@ -151,7 +151,8 @@ class FitSample:
     def _from_content(cls, facts: dict[str, Any], image: Tensor) -> FitSample:
         """Make a sample of ``image`` vectors. Raise ValueError if ``facts`` do not match."""
         saved_digest = facts.pop("digest", None)
-        if saved_digest != digest(facts) or facts["image_sha256"] != tensor_hash(image):
+        is_intact = saved_digest == digest(facts) and facts["image_sha256"] == tensor_hash(image)
+        if not is_intact:
             raise ValueError("its content is not what its digest says")
         n_rows = facts["n_rows"]
         is_matrix = image.dtype == torch.float16 and image.ndim == 2

@@ -187,7 +187,7 @@ def _open_file(folder: _OpenFolder, name: str, cache: Path | None) -> int | None
     Raises:
         UsageError: If the file is a symbolic link, unless the link leads to a file in the
             ``cache``.
-        DataError: If the file is no regular file.
+        DataError: If the file is not a regular file.
     """
     path = folder.path / name
     relative_path = folder.path_of(name)
@@ -262,16 +262,18 @@ def _check_calibration(folder: Path) -> None:
             f"guarantee does not hold for the one beside it. {RECALIBRATE_ADVICE}, or remove the "
             "file."
         )
-    if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):
+    rows_path = folder / ROWS
+    has_right_rows = rows_path.is_file() and file_hash(rows_path) == risk.get("rows_sha256")
+    if not has_right_rows:
         raise DataError(
-            f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE_ADVICE}."
+            f"{rows_path} does not hold the rows that {RISK} names. {RECALIBRATE_ADVICE}."
         )
 
 
 def _comparable_content(path: Path) -> object:
-    """Read a file's content without vilu's version. If the file does not exist, return None.
+    """Return a file's content or hash, without vilu's version, to compare two copies of the file.
 
-    Serves to compare two copies of a file.
+    If the file does not exist, return None.
     """
     if not path.is_file():
         return None
@@ -312,7 +314,7 @@ def replace_folder(staged_folder: Path, target: Path) -> None:
             if target.exists():
                 target.rename(old_folder)
             staged_folder.rename(target)
-        finally:  # if the second rename failed, or Ctrl-C was pressed before
+        finally:  # put the old folder back if the second rename failed, or did not begin (Ctrl-C)
             if old_folder.exists() and not target.exists():
                 old_folder.rename(target)
 
@@ -540,8 +542,8 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn errors from the hub's library, raised in the block, into vilu errors."""
     from huggingface_hub import errors
 
-    # The HTTP client depends on the library's version. The library's HTTP error is derived from
-    # the client's base error. If a connection fails, the client raises the base error.
+    # If a connection fails, the HTTP client raises its own base error. Which client is used depends
+    # on the library's version. The library's HTTP error is derived from the client's base error.
     client_errors = [
         base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
     ]

@@ -69,7 +69,8 @@ class StateLayout(NamedTuple):
 FORM_PATTERN = re.compile(r"(\S+):([fdi?])(\w*)<?(\w?)")
 """Form of a tensor: name, type, a letter for each size, and the size that bounds the values.
 
-``require_forms`` shows an example.
+For example, "labels:iN<K" has the parts "labels", "i", "N" and "K". ``require_forms`` explains the
+parts.
 """
 
 TYPE_OF_LETTER = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bool}

@@ -41,7 +41,7 @@ class Vocabulary:
         space: The embedding space.
         dtype: Number format for the stored image embeddings. New embeddings are rounded to this
             format.
-        columns: Columns with rows that do not belong to images, such as everyday words, by name
+        columns: Columns by name, whose rows do not belong to images, such as everyday words
             (``vilu.embeddings.columns``).
     """
 
@@ -141,7 +141,8 @@ class Vocabulary:
     def _from_content(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
         """Make a vocabulary. Raise DataError if the header does not describe the tensors."""
         saved_digest = header.pop("digest", None)
-        if saved_digest != digest(header) or _tensor_hashes(tensors) != header["tensors"]:
+        is_intact = saved_digest == digest(header) and _tensor_hashes(tensors) == header["tensors"]
+        if not is_intact:
             raise DataError("its content is not what its digest says")
         text = require_usable_rows(tensors.pop("text"), "text")
         # an empty list means that the classes have no names

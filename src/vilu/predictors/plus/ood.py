@@ -1,13 +1,16 @@
-"""Images that show none of the classes: everyday words as candidates, and the outcome "outside".
+"""Find images that show none of the classes. Such an image is called "outside".
+
+The zero-shot model compares an image with the classes and with everyday words. An image outside is
+expected to fit a word better than any class.
 
 Shapes: B images, K classes, M everyday words, D embedding width.
 
-The margin of an image x is
+An image x has a logit l_c(x) for every class c, and a logit l_w(x) for every word w. The margin is
 
-    m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x),
+    m(x) = log sum_w exp l_w(x) - log sum_c exp l_c(x)
 
-with word logits l_w and class logits l_c. The margin is the log-odds of words against
-classes under the zero-shot softmax over words and classes.
+A softmax over all words and classes gives all words together a probability p. The margin is the
+log-odds log(p / (1 - p)).
 """
 
 from __future__ import annotations
@@ -30,15 +33,12 @@ from vilu.embeddings.source import Batch
 from vilu.predictors.contract.predictor import FailurePredictor
 
 NEGATIVES = "negatives"
-"""Name of the column with everyday words. No word in the column means a class.
-
-The words represent images that show none of the classes.
-"""
+"""Name of the column with everyday words. The words describe images outside, not the classes."""
 
 
 # All batches from a source have the same texts and words, so the far words are computed for the
-# first batch only. The cache maps text, words and settings to the far words, as long as both
-# tensors exist.
+# first batch only. The keys are the texts, then the words, then the settings. An entry is dropped
+# as soon as its texts or its words no longer exist.
 _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Tensor]]] = (
     WeakTensorKeyDictionary()
 )
@@ -47,9 +47,10 @@ _FAR_WORDS_CACHE: MutableMapping[Tensor, MutableMapping[Tensor, dict[object, Ten
 def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """Return the ascending indices (M',) of the words (M, D) far from the classes (K, D).
 
-    A word's nearness is the 1 - ``nearest`` quantile of the word's K cosines with the
-    classes. The ``share`` of the words with the least nearness is returned, at least 1 word. Among
-    equally near words, the lower index comes first.
+    A word has K cosines with the classes. The word's nearness is the quantile of these cosines at
+    1 - ``nearest``. With ``nearest=0``, this is the largest cosine. The words with the least
+    nearness are kept: the given ``share`` of all words, and at least 1 word. Among equally near
+    words, words with a lower index are kept first.
     """
     empty_cache = WeakTensorKeyDictionary()
     cache_of_text = _FAR_WORDS_CACHE.setdefault(text, empty_cache)
@@ -62,10 +63,11 @@ def far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float =
 
 def _find_far_word_indices(words: Tensor, text: Tensor, share: float, nearest: float) -> Tensor:
     """Find the far words as in ``far_word_indices``, without the cache."""
-    # Words near a class are left out. Such a word would take softmax mass from that class's images,
-    # and these images are inside.
+    # A word near a class also fits the images of that class. These images are inside, but the word
+    # would take softmax mass from their class. So words near a class are left out.
     cosine = words @ text.T
-    # the quantile's rank among a word's K descending cosines
+    # The quantile is found by its rank among a word's K descending cosines. With K = 100 and
+    # ``nearest`` = 0.05, this is the fifth largest cosine.
     rank = max(math.ceil(nearest * cosine.shape[1]), 1)
     descending_cosines = cosine.topk(rank, dim=1).values
     nearness = descending_cosines[:, -1]  # the cosine with this rank, for every word
@@ -77,8 +79,8 @@ def _find_far_word_indices(words: Tensor, text: Tensor, share: float, nearest: f
 def log_word_mass(batch: Batch, word_index: Tensor) -> Tensor:
     """Compute log sum_w exp l_w (B,) float64 over the words w with these indices.
 
-    l_w is the word's logit, without the bias. Words and classes have the same bias, so callers
-    compare both without the bias.
+    l_w is the logit of word w, without the logit bias. Callers compare words with classes, and
+    classes have the same bias. The bias would cancel, so both sides leave it out.
     """
     words = batch.columns[NEGATIVES][word_index]
     with torch.autocast(batch.image.device.type, enabled=False):
@@ -99,35 +101,34 @@ def word_margins(batch: Batch, word_index: Tensor) -> Tensor:
 
 @dataclass
 class NegLabel(FailurePredictor):
-    """Everyday words as further candidates.
+    """Uncertainty from a softmax over the classes and further candidates, everyday words.
 
-    u = 1 - (softmax mass on all classes, or on the answer alone). The softmax is over the classes c
-    and the everyday words w.
+    The candidates are all classes c with logits l_c, and the kept words w with logits l_w. The
+    zero-shot answer is the class t̂, with the logit l_t̂. The uncertainty u is one of two masses.
 
-    of="classes" detects images that show none of the classes:
+    of="classes" detects images that show none of the classes. u is the softmax mass on the words:
 
         u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w)
 
-    of="answer" also detects wrong answers among the classes. A word near the answer's class
-    then counts as another answer:
+    of="answer" also detects wrong answers among the classes. u is all softmax mass that is not on
+    the answer. A word then counts as another answer, also a word that is near the answer's class:
 
         u = 1 - exp l_t̂ / (sum_c exp l_c + sum_w exp l_w)
 
-    The words are the column ``negatives``. Words near a class are left out. A word's nearness
-    is the 1 - ``nearest`` quantile of the word's cosines with the classes. The ``share`` of
-    the words with the least nearness is kept.
+    The words are in the column ``negatives``. Words near a class are left out. A word's nearness
+    is the quantile at 1 - ``nearest`` of the word's cosines with the classes. The words with the
+    least nearness are kept, as many as ``share`` says.
 
     Args:
-        of: "classes" or "answer". The softmax mass on all classes, or on the answer alone, lowers
-            the uncertainty.
+        of: "classes" or "answer". Mass on all classes, or on the answer alone, lowers u.
         share: Share of the words to keep.
-        nearest: This share of the classes may be near a word before the word is left out.
+        nearest: A word counts as near only if it is near about this share of the classes or more.
 
     Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; ``nearest`` 5 %,
     ``share`` 15 %). In the paper the words are the nouns and adjectives in WordNet, in a
     prompt that differs from the class prompts. The score is averaged over word groups. Here all
-    words are in a single group with about two thousand words, in the class prompts. A larger share
-    is kept, because there are fewer words.
+    words are in the class prompts, and in a single group. There are only about two thousand words,
+    so a larger share is kept.
 
     Examples:
         >>> import torch, vilu
@@ -167,7 +168,7 @@ class NegLabel(FailurePredictor):
         if self.of == "classes":
             log_classes = logits.logsumexp(dim=1)
             return torch.sigmoid(log_words - log_classes)
-        is_answer = batch.alike(batch.prediction).to(logits.device)
+        is_answer = batch.alike(batch.prediction).to(logits.device)  # (B, K)
         log_answer = logits.masked_fill(~is_answer, -torch.inf).logsumexp(dim=1)
         log_others = logits.masked_fill(is_answer, -torch.inf).logsumexp(dim=1)
         log_all_others = torch.logaddexp(log_others, log_words)
@@ -175,36 +176,36 @@ class NegLabel(FailurePredictor):
 
 
 # Constants for the outcome "outside", sorted by step: the choice of words, the regression of the
-# margin, the mixture, the fit from examples, and the optimisers.
+# margin on the image, the mixture, the fit from examples, and the optimisers.
 
 WORD_SHARE = 0.25
 """The outcome "outside" uses this share of the words: the words farthest from the classes."""
 
 MIN_DIRECTION_ROWS = 100
-"""A direction and a share of images outside are estimated only from at least this many rows."""
+"""With fewer rows, neither the regression nor the share of images outside is estimated."""
 
 DIRECTION_VARIANCE = 0.1
 """The weights' prior variance in the regression of the margin on the image."""
 PREDICTION_SHARE = 2 / 3
-"""The predicted margin's weight in the average with the actual margin."""
+"""A row's predicted margin and its actual margin are averaged. The prediction has this weight."""
 
 CLASS_PRIOR_ROWS = 5.0
-"""Weight, in rows, of the mean over all classes when a class's mean is estimated."""
+"""The estimate for a class's mean includes the mean over all classes, as this many rows."""
 OUTSIDE_PRIOR = 0.05
-"""Weight, as a share of the N rows, of the expected mean when the mean outside is estimated."""
+"""The estimate for the mean outside includes the expected mean, as this share of the N rows."""
 MIN_OUTSIDE_SHARE = 0.02
-"""The predicted margin is used if the estimated share of images outside is at least this."""
+"""The predicted margin is used only if at least this share of the images seems to be outside."""
 MIN_SEPARATION = 2.0
 """The words are used if the means inside and outside are this many standard deviations apart."""
 MAX_SEPARATION = 10.0
-"""Largest distance between the means, in standard deviations.
+"""Largest distance between the expected means inside and outside, in standard deviations.
 
-Without this limit, a few equal rows would have a larger distance.
+Without this limit, the standard deviation could shrink to that of a few equal rows.
 """
 ASSUMED_OUTSIDE_SHARE = 0.1
 """Assumed share of images outside, where the rows do not suffice to estimate the share."""
 LOG_ODDS_DISCOUNT = 1.0
-"""This number is subtracted from log-odds estimated without examples outside."""
+"""This number is subtracted from log-odds that were learned without examples outside."""
 
 LABEL_VARIANCE = 100.0
 """Prior variance of the image weights, where there are examples of images outside."""
@@ -212,7 +213,8 @@ MARGIN_VARIANCE = 10.0
 """Prior variance of the margin weight, where there are examples of images outside."""
 
 MAX_EM_PASSES = 500  # largest number of EM passes
-EM_TOLERANCE = 1e-9  # EM ends if the mean and the share outside change by less in sum
+# EM ends if the changes in the mean outside and in the share outside add up to less
+EM_TOLERANCE = 1e-9
 MAX_LBFGS_STEPS = 200  # largest number of L-BFGS steps
 
 
@@ -223,13 +225,16 @@ def outside_word_indices(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Outside:
-    """The outcome "none of the classes": log-odds that an image x is outside.
+    """The outcome "outside": the learned log-odds that an image shows none of the classes.
+
+    The evidence for an image x is w . x + b + g m(x), with learned w, b and g and the margin m(x).
+    If g is zero, the words have no effect. The zero-shot answer is the fitted class with the
+    index a. The answer gives the slope and the offset:
 
         log-odds = slope_a (w . x + b + g m(x)) + offset_a
 
-    a is the zero-shot answer's index among the fitted classes. An answer that is no fitted class
-    uses the last entry in ``slope`` and ``offset``. If g is zero, the words have no
-    effect. If ``slope`` is empty, nothing was learned and P(outside) is zero.
+    An answer that is no fitted class uses the last entry in ``slope`` and ``offset``. If ``slope``
+    is empty, nothing was learned and P(outside) is zero.
     """
 
     weight: Tensor  # (D,) w; (0,) where nothing was learned
@@ -261,7 +266,7 @@ class Outside:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Make the outcome from saved tensors. If a tensor is missing, use ``not_learned()``."""
-        if not tensors.keys() >= set(cls.names):
+        if any(name not in tensors for name in cls.names):
             return cls.not_learned()
         weight, bias, word_weight, slope, offset = (tensors[name] for name in cls.names)
         return cls(weight, bias, word_weight, slope, offset)
@@ -287,8 +292,8 @@ class Outside:
 
         Args:
             batch: Rows with the columns ``columns``.
-            classes: (K,) every candidate's index among the fitted classes, or -1 for other
-                candidates. None means -1 for all candidates.
+            classes: For every candidate in the batch, its index among the fitted classes. A
+                candidate that is no fitted class has -1. None means -1 for all candidates.
         """
         image = float64(batch.image)
         if not self:  # nothing was learned
@@ -306,15 +311,15 @@ class Outside:
             # the last entry is for all answers, or for answers that are no fitted class
             return slope[-1] * evidence + offset[-1]
         # an answer that is no fitted class has the index -1, and so reads the last entry
-        answer = classes.to(image.device)[batch.prediction.to(image.device)]
-        return slope[answer] * evidence + offset[answer]
+        answered_class = classes.to(image.device)[batch.prediction.to(image.device)]
+        return slope[answered_class] * evidence + offset[answered_class]
 
 
 class OutsideGraph(nn.Module):
     """``Outside.log_odds`` as a graph for export, for any number M of words.
 
-    ``far_word_indices`` selects some of the words. In this graph all M words stay, and near words
-    get a mass of zero.
+    ``far_word_indices`` selects the far words. This graph keeps all M words, and gives the other
+    words a softmax mass of zero.
     """
 
     def __init__(self, outcome: Outside) -> None:
@@ -336,8 +341,8 @@ class OutsideGraph(nn.Module):
             return self.slope[-1] * evidence + self.offset[-1]
         # not every runtime reads the index -1 as the last entry
         index_of_no_class = len(self.slope) - 1
-        answer = classes[batch.prediction]
-        index = torch.where(answer < 0, index_of_no_class, answer)
+        answered_class = classes[batch.prediction]
+        index = torch.where(answered_class < 0, index_of_no_class, answered_class)
         return self.slope[index] * evidence + self.offset[index]
 
     def word_margins(self, batch: Batch) -> Tensor:
@@ -350,13 +355,15 @@ class OutsideGraph(nn.Module):
         positions = torch.arange(words.shape[0], device=words.device)
         unranked = torch.empty_like(order)
         rank = unranked.scatter(0, order, positions)  # 0 for the farthest word
-        # counted by a sum, since a tensor's size would be a constant in the graph
+        # The words are counted by a sum. A tensor's size would become a constant in the graph.
         one_per_word = torch.ones_like(nearness, dtype=torch.float64)
         n_words = one_per_word.sum()
         rounded_number = (WORD_SHARE * n_words).round()
         n_far = rounded_number.clamp_min(1)
-        word_logits = float64(replace(batch, text=words, logit_bias=0.0).logits)
-        far_logits = word_logits.masked_fill(rank >= n_far, -torch.inf)
+        batch_of_words = replace(batch, text=words, logit_bias=0.0)
+        word_logits = float64(batch_of_words.logits)
+        is_left_out = rank >= n_far
+        far_logits = word_logits.masked_fill(is_left_out, -torch.inf)
         class_logits = float64(batch.logits - batch.logit_bias)
         return far_logits.logsumexp(dim=1) - class_logits.logsumexp(dim=1)
 
@@ -364,7 +371,10 @@ class OutsideGraph(nn.Module):
 class SeesOutside(ABC):
     """A method with the outcome "outside" in addition to its candidates.
 
-    u = 1 - (1 - P(outside)) q_t̂, where q_t̂ is the probability of the zero-shot answer.
+    The zero-shot answer t̂ is right if the image is not outside and t̂ is the right candidate. Let
+    q_t̂ be the probability of t̂ among the candidates. The uncertainty is
+
+        u = 1 - (1 - P(outside)) q_t̂
     """
 
     learned_: dict[str, Tensor]
@@ -403,9 +413,9 @@ class SeesOutside(ABC):
 def learn_outside(train: Rows) -> Outside:
     """Learn the outcome "outside" from the best evidence in the training rows.
 
-    1. Examples of images outside, unless the data are image-caption pairs.
-    2. Otherwise everyday words, together with rows without labels if there are any.
-    3. Otherwise nothing is learned.
+    1. If there are examples of images outside, these are used, except for image-caption pairs.
+    2. Otherwise everyday words are used, together with rows without labels if there are any.
+    3. Without words, nothing is learned.
     """
     has_captions = train.source.pool_size is not None
     if not has_captions and len(train.outside):
@@ -420,14 +430,14 @@ def learn_outside(train: Rows) -> Outside:
 
 
 class Margins(NamedTuple):
-    """Margins and zero-shot answers for N rows, and the moments of the images z.
+    """Margins and zero-shot answers for N rows, and moments of the image embeddings.
 
     The ridge regression from the image to the margin needs only these moments.
     """
 
     margin: Tensor  # (N,)
     answer: Tensor  # (N,)
-    mean: Tensor  # (D,) mean of z
+    mean: Tensor  # (D,) mean over the image embeddings z
     gram: Tensor  # (D, D) sum of (z - mean) (z - mean)^T
     cross: Tensor  # (D,) sum of (z - mean) times the margin
 
@@ -436,7 +446,7 @@ class Margins(NamedTuple):
         """Compute margins, answers and moments in a single pass over the rows, block by block."""
         dim = rows.source.space.embed_dim
         n = len(rows.index)
-        # over the rows: sums of z, z z^T, and z times the margin
+        # three sums over the rows: of the images z, of z z^T, and of z times the margin
         sum_of_images = torch.zeros(dim, dtype=torch.float64)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         cross = torch.zeros(dim, dtype=torch.float64)
@@ -453,7 +463,8 @@ class Margins(NamedTuple):
             answers.append(batch.prediction)
         all_margins = torch.cat(margins)
         mean = sum_of_images / n
-        # ``gram`` and ``cross`` are turned into sums with z - mean in place of z
+        # Centred sums: sum (z - mean) (z - mean)^T = sum z z^T - n mean mean^T, and in the same way
+        # sum (z - mean) margin = sum z margin - mean (sum margin).
         return cls(
             margin=all_margins,
             answer=torch.cat(answers),
@@ -463,16 +474,18 @@ class Margins(NamedTuple):
         )
 
     def regress_on_image(self) -> tuple[Tensor, Tensor]:
-        """Fit a ridge regression from the image to the margin: weights (D,) and intercept ().
+        """Predict the margin from the image by a ridge regression: weights (D,), intercept ().
 
         The centred images are divided by their root mean square norm.
         The margins are divided by their standard deviation. The weights have the prior variance
         ``DIRECTION_VARIANCE``, and the noise has the variance 1. The prior shrinks predictions
         towards the mean margin.
         """
-        # An image's margin is noisy, because few words fit a given image. The regression from
-        # the image to the margin finds what images with a large margin have in common. Without
-        # the prior, D weights would fit the noise in N margins.
+        # An image's margin is noisy, because few words fit a given image. The regression finds
+        # what images with a large margin have in common. Without the prior, D weights would fit
+        # the noise in N margins.
+        # Let s be the root mean square norm. Images divided by s have a gram matrix divided by s^2.
+        # It has the same effect to multiply the ridge 1 / DIRECTION_VARIANCE by s^2.
         mean_square = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
         ridge = mean_square / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
         weight = torch.linalg.solve(self.gram + ridge, self.cross)
@@ -480,12 +493,13 @@ class Margins(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians with the same variance: values for images inside, and for images outside.
+    """Two Gaussians with the same variance: one for images inside, and one for images outside.
 
-    The mean for an image inside depends on the zero-shot answer. All images outside share a mean.
+    Every image has a value, for example its margin. The mean value of images inside depends on the
+    zero-shot answer. All images outside share a mean.
     """
 
-    # (K + 1,) by the image's answer, where the last entry is for other candidates
+    # (K + 1,): a mean for each answer among the K classes, and last a mean for all other answers
     inside_means: Tensor
     outside_mean: float
     variance: float  # of both Gaussians
@@ -497,10 +511,13 @@ class Mixture(NamedTuple):
         return (self.outside_mean - float(self.inside_means[-1])) / math.sqrt(self.variance)
 
     def log_odds(self) -> tuple[Tensor, Tensor]:
-        """Return slopes (K + 1,) and offsets (K + 1,): log-odds = slope * value + offset."""
-        # Bayes' rule. With the same variance for both Gaussians the squares of the value cancel, so
-        # the log-odds are linear in the value. With two variances, the wider Gaussian would be
-        # likelier at both ends, also for values far inside.
+        """Return slopes (K + 1,) and offsets (K + 1,): log-odds = slope * value + offset.
+
+        By Bayes' rule, these are the log-odds that an image with this value is outside.
+        """
+        # With the same variance for both Gaussians the squares of the value cancel, so the log-odds
+        # are linear in the value. With two variances, the wider Gaussian would be likelier at both
+        # ends. Very small values would then count as outside, although they are far inside.
         slope = (self.outside_mean - self.inside_means) / self.variance
         offset = (self.inside_means.square() - self.outside_mean**2) / (2 * self.variance)
         return slope, offset + math.log(self.outside_share / (1 - self.outside_share))
@@ -511,24 +528,24 @@ def fit_mixture(
 ) -> Mixture:
     """Fit the mixture with the largest posterior to values (N,) and answers (N,) by EM.
 
-    The lower quartile of the values is taken as the initial mean inside, since images outside have
-    larger values. The priors are:
+    The initial mean inside is the lower quartile of the values, since images outside have larger
+    values. The priors are:
 
     - The mean inside for a class is averaged with the mean over all classes. The mean over all
       classes weighs as much as ``CLASS_PRIOR_ROWS`` rows.
     - The mean outside is averaged with an expected value, ``sum_of_means`` minus the lower
-      quartile. The expected value weighs as much as ``OUTSIDE_PRIOR`` N rows. If all rows are
-      inside, the mean outside therefore stays near the expected value, and the share stays small.
+      quartile. The expected value weighs as much as ``OUTSIDE_PRIOR`` times N rows. So if all rows
+      are inside, the mean outside stays near the expected value, and the share outside stays small.
 
     With ``all_known_inside`` no row is outside, so a single step gives the means inside and the
-    variance. The mean outside is then the expected value, and the share is
+    variance. The mean outside is then the expected value, and the share outside is
     ``ASSUMED_OUTSIDE_SHARE``.
 
     Args:
         value: (N,) values, for example margins.
         answer: (N,) zero-shot answers.
         n_classes: Class count K.
-        sum_of_means: Expected sum of the mean inside and the mean outside.
+        sum_of_means: Expected mean inside plus expected mean outside.
         all_known_inside: Whether all images are known to be inside.
     """
     last_index = len(value) - 1
@@ -539,10 +556,11 @@ def fit_mixture(
     # The likelihood grows without bound if a Gaussian narrows around equal values. The standard
     # deviation is therefore at least |expected_outside - lower_quartile| / MAX_SEPARATION.
     min_deviation = max(abs(sum_of_means - 2 * lower_quartile) / MAX_SEPARATION, 1e-6)
-    # in a normal distribution, the 5 % and 25 % quantiles are 1.645 - 0.674 = 0.97 standard
-    # deviations apart
+    # In a normal distribution, the 5 % quantile is 1.645 standard deviations below the mean, and
+    # the 25 % quantile is 0.674 below. The two quantiles are 0.97 standard deviations apart.
     deviation = max((lower_quartile - low_quantile) / 0.97, min_deviation)
     mixture = Mixture(
+        # rounded to float32: without this rounding, the learned numbers would change a little
         inside_means=torch.full((n_classes + 1,), lower_quartile, dtype=torch.float32).double(),
         outside_mean=expected_outside,
         variance=deviation**2,
@@ -581,15 +599,20 @@ def _maximisation_step(
     expected_outside: float,
     min_deviation: float,
 ) -> Mixture:
-    """Fit the mixture to values (N,), given P(outside) for every image as ``p_outside`` (N,).
+    """Fit the mixture, given P(outside) for every image. This is the second step in an EM pass.
 
-    This is the second step in an EM pass. ``answer`` (N,) are the zero-shot answers.
-    ``expected_outside`` is the expected mean outside, and ``min_deviation`` is the smallest
-    allowed standard deviation.
+    Args:
+        value: (N,) values.
+        answer: (N,) zero-shot answers.
+        p_outside: (N,) probabilities that an image is outside, from the first step.
+        n_classes: Class count K.
+        expected_outside: Expected mean outside.
+        min_deviation: Smallest allowed standard deviation.
     """
     n = len(value)
     p_inside = 1 - p_outside
     mean_inside = (p_inside * value).sum() / p_inside.sum().clamp_min(1e-9)  # no division by 0
+    # per class, over the images with this answer: sums of P(inside), and of P(inside) times value
     zero_of_class = torch.zeros(n_classes, dtype=torch.float64)
     mass_of_class = zero_of_class.index_add(0, answer, p_inside)
     sum_of_class = zero_of_class.index_add(0, answer, p_inside * value)
@@ -605,7 +628,7 @@ def _maximisation_step(
     squares_outside = p_outside * (value - outside_mean).square()
     squares_inside = p_inside * (value - inside_means[answer]).square()
     mean_square = (squares_inside + squares_outside).mean()
-    # the added 0.5 and 5 keep the share above zero, since EM could never leave a share of zero
+    # The added 0.5 and 5 keep the share above zero. From a share of zero, EM could never move away.
     outside_share = (float(n_outside) + 0.5) / (n + 5)
     return Mixture(
         inside_means=inside_means,
@@ -618,20 +641,25 @@ def _maximisation_step(
 def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
     """Learn the outcome "outside" from everyday words, without examples of images outside.
 
-    An image outside relates to the M words as an image inside relates to the K classes. The
-    expected margin outside is therefore log(M / K) minus the margin inside.
+    An image outside fits one of the M' far words, just as an image inside fits one of the K
+    classes. Let s be the logit of what fits, and r the logit of all else. The margins are about
+
+        inside:  (log M' + r) - s
+        outside: s - (log K + r)
+
+    Their sum is log(M' / K). So the expected margin outside is log(M' / K) minus the margin inside.
 
     Unless the rows are ``all_known_inside``, the rows are a mixture of images inside and outside.
-    If enough rows are outside, a row's value is an average of two numbers: the margin, and the
-    margin predicted from the image by a ridge regression (``Margins.regress_on_image``). Otherwise
+    Every row then has a value. If enough rows are outside, the value is an average of two numbers:
+    the margin, and the margin predicted from the image (``Margins.regress_on_image``). Otherwise
     the value is the margin alone.
     """
     margins = Margins.of(rows)
     n_classes = rows.source.n_candidates
-    # all rows have the same words, so the words are read for no row
+    # the words belong to the whole data set, so no row is named: the index is empty
     all_words = rows.source.column(NEGATIVES, rows.index[:0])
-    n_words = max(round(WORD_SHARE * len(all_words)), 1)
-    sum_of_means = math.log(n_words / n_classes)  # for the margins inside and outside
+    n_words = max(round(WORD_SHARE * len(all_words)), 1)  # M'
+    sum_of_means = math.log(n_words / n_classes)  # log(M' / K)
     # with these weights, a row's value is the margin alone
     weight = torch.zeros_like(margins.mean)
     bias = torch.zeros((), dtype=torch.float64)
@@ -647,16 +675,16 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
         mixture_of_averages = fit_mixture(
             value, margins.answer, n_classes, sum_of_means, all_known_inside=False
         )
-        # The regression predicts the margin. If hardly any image is outside, the margin depends on
-        # other image properties. Then the value is the margin alone.
+        # The regression predicts whatever makes margins differ. If hardly any image is outside,
+        # this is some other property of the images. Then the value is the margin alone.
         if mixture_of_averages.outside_share >= MIN_OUTSIDE_SHARE:
             mixture = mixture_of_averages
             weight = direction
             bias = intercept
             word_weight = torch.tensor(1 - PREDICTION_SHARE, dtype=torch.float64)
     if mixture is None:
-        # A few rows do not show the share of images outside. The mixture is then fitted as if all
-        # rows were inside.
+        # Too few rows cannot show which share of the images is outside. The mixture is then fitted
+        # as if all rows were inside.
         assume_inside = all_known_inside or has_few_rows
         mixture = fit_mixture(
             margins.margin, margins.answer, n_classes, sum_of_means, all_known_inside=assume_inside
@@ -665,8 +693,8 @@ def learn_from_words(rows: Rows, *, all_known_inside: bool) -> Outside:
         "outside_share": None if all_known_inside else mixture.outside_share,
         "outside_apart": mixture.separation,
     }
-    # With less separation the two Gaussians are two halves of one mode. P(outside) would then only
-    # reorder the images inside.
+    # With less separation the two Gaussians are two halves of a single peak. P(outside) would then
+    # only reorder the images inside.
     if mixture.separation < MIN_SEPARATION:
         return Outside.not_learned(**notes)
     slope, offset = mixture.log_odds()
@@ -683,14 +711,17 @@ def _predict_from_image(rows: Rows, direction: Tensor, intercept: Tensor) -> Ten
 
 
 class Regressors(NamedTuple):
-    """Regressors for "outside": the images in N rows and, where there are words, the margins."""
+    """Inputs to the regression that predicts "outside", for N rows.
+
+    The inputs are the images and, where there are words, the margins.
+    """
 
     rows: Rows
     margins: Tensor | None  # (N,), or None without the word column
 
     @classmethod
     def of(cls, rows: Rows) -> Regressors:
-        """Make the regressors for some rows. The margins are computed here, once for all passes."""
+        """Make the regressors for some rows. The margins are computed only once, here."""
         rows_of_images = replace(rows, columns=())
         if NEGATIVES not in rows.columns:
             return cls(rows_of_images, None)
@@ -719,8 +750,8 @@ class Regressors(NamedTuple):
 def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
     """Fit an L2-regularised logistic regression that predicts "outside" from the image.
 
-    Where there are words, the margin is a further regressor. ``outside_rows`` are the indices of
-    the examples of images outside.
+    Where there are words, the margin is a further regressor. The rows in ``train`` are inside.
+    ``outside_rows`` are the indices of the images outside.
 
     Images are centred, and then divided by the root mean square norm of the centred images. Margins
     are standardised. The prior variances then have the same meaning for every backbone. L-BFGS
@@ -762,7 +793,7 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         return total_loss
 
     optimizer.step(objective)
-    # the weights for inputs that are centred but not scaled
+    # The weights belong to standardised inputs. Direction and bias are the same for raw inputs.
     direction = weights.detach()[:-1] / scale
     centred_intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)
@@ -778,12 +809,11 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
 def _standardisation(sets: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
     """Return the row count over all sets, and the W regressors' means (W,) and scales (W,).
 
-    All D image regressors have the same scale, the root mean square norm of the centred images. The
-    margin's scale is the standard deviation of the margins.
+    W is D = ``dim``, or D + 1 with the margin. All D image regressors have the same scale, the root
+    mean square norm of the centred images. The margin's scale is its standard deviation.
     """
     n_rows = 0
-    # The sums over all rows have the shape (W,) from the first block on. The zeros () add to a
-    # block with any width.
+    # W is not known before the first block. A zero () can be added to sums with any shape (W,).
     sum_of_inputs = torch.zeros((), dtype=torch.float64)
     sum_of_squares = torch.zeros((), dtype=torch.float64)
     for regressors in sets:

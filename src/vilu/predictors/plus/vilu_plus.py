@@ -54,16 +54,20 @@ from vilu.predictors.plus.vilu_zero import LearnedClasses, ViLUZero, learn_class
 from vilu.predictors.vilu.head import Count, NonNegative, Positive
 
 POOL_SD = 0.2
-"""Prior standard deviation of the pool weights.
+"""Prior standard deviation of each expert's weight in the pool.
 
-The first expert, the attention, has the prior mean 1, and further experts have the prior mean 0.
+The prior mean is 1 for the weight of the first expert, the attention. It is 0 for further experts.
 """
 
 
 def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Find the weights w (M,) >= 0 with the largest posterior, for a log-linear pool of M experts.
+    """Find the most probable weights w (M,) for a pool of M experts, given labelled rows.
 
-    The prior on w is N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
+    Expert m gives the candidates the probabilities p_m. The pool gives them the probabilities q:
+
+        log q = sum_m w_m log p_m - const
+
+    The weights are at least 0, with the prior N((1, 0, ...), ``POOL_SD``^2). The problem is convex.
 
     Args:
         log_p: (N, M, K) log probabilities of the K candidates by every expert.
@@ -71,25 +75,36 @@ def fit_pool_weights(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> N
     """
     from scipy.optimize import minimize
 
-    rows = np.arange(len(target))
-    prior = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
+    prior_mean = np.eye(log_p.shape[1])[0]  # (1, 0, ...)
 
     def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        # minus the log posterior for the weights, and the gradient (M,)
-        pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
-        log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
-        # over the rows, sums of log p_m: expected under q, and observed at the true candidates
-        expected_log_p = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
-        observed_log_p = log_p[rows, :, target].sum(axis=0)
-        distance = weights - prior
-        loss = -log_q[rows, target].sum()
-        penalty = (distance**2).sum() / (2 * POOL_SD**2)
-        gradient = expected_log_p - observed_log_p + distance / POOL_SD**2
-        return float(loss + penalty), gradient
+        return _minus_log_posterior(weights, prior_mean, log_p, target)
 
-    # A negative weight would follow the opposite of an expert, so weights are at least 0.
-    bounds = [(0, None)] * len(prior)
-    return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=bounds).x)
+    # With a negative weight, the pool would do the opposite of what an expert says.
+    bounds = [(0, None)] * len(prior_mean)
+    result = minimize(objective, prior_mean, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(result.x)
+
+
+def _minus_log_posterior(
+    weights: NDArray[np.float64],
+    prior_mean: NDArray[np.float64],
+    log_p: NDArray[np.float64],
+    target: NDArray[np.int64],
+) -> tuple[float, NDArray[np.float64]]:
+    """Compute minus the log posterior for the pool weights (M,), and the gradient (M,)."""
+    rows = np.arange(len(target))
+    pooled_log_p = np.einsum("m,nmk->nk", weights, log_p)
+    log_q = pooled_log_p - np.logaddexp.reduce(pooled_log_p, axis=1, keepdims=True)
+    # A row with the true candidate t has the loss -log q_t. The derivative of this loss by w_m is
+    # the mean of log p_m under q, minus log p_m at t. Both are summed over the rows.
+    expected_log_p = np.einsum("nk,nmk->m", np.exp(log_q), log_p)
+    observed_log_p = log_p[rows, :, target].sum(axis=0)
+    distance = weights - prior_mean
+    loss = -log_q[rows, target].sum()
+    penalty = (distance**2).sum() / (2 * POOL_SD**2)
+    gradient = expected_log_p - observed_log_p + distance / POOL_SD**2
+    return float(loss + penalty), gradient
 
 
 MAX_MEMORY_ROWS = 4_096
@@ -105,12 +120,12 @@ With fewer labels, folds lack classes, and the experts overfit.
 """
 
 ENOUGH_HELD_OUT_ROWS = 250
-"""This many held-out rows suffice to fit the pool's three weights.
+"""This many held-out rows suffice to fit the pool's weights, of which there are at most three.
 
-Folds are fitted until this many rows were held out.
+Experts are fitted on one fold after another, until this many rows were held out.
 """
 
-# names of saved tensors. ``module`` reads the experts' kinds and sizes from these tensors
+# Names of saved tensors. ``module`` reads the experts' kinds and sizes from these tensors.
 POOL_TENSOR = "pool"
 CLASSES_TENSOR = "attention.classes"
 FEATURE_MEAN_TENSOR = "attention.inputs.features.mean"
@@ -124,11 +139,12 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class ViLUPlus(SeesOutside, FailurePredictor):
     """P(failure) for the zero-shot answer under a pool of experts, learned from class labels.
 
-    u = 1 - q_t̂, where q is the log-linear pool of the posteriors p_m from M experts:
+    Every expert m gives candidate j a probability p_mj. The pool gives candidate j the probability
+    q_j, with the weights w_m of the experts:
 
         log q_j = sum_m w_m log p_mj - const
 
-    The experts are:
+    The uncertainty is u = 1 - q_t̂, where t̂ is the zero-shot answer. The experts are:
 
     1. The supervised cross-attention (``SupervisedAttention``): the zero-shot logits at a fitted
        temperature, plus a ridge-regularised bilinear form. The fit is convex.
@@ -139,14 +155,20 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     are fitted on different rows (cross-fitting, or ``validation``). Therefore q is a calibrated
     probability. The prior mean of w gives weight to the attention alone.
 
-    The attention is the only expert in four cases: if there are fewer than ten labels per class on
-    average, if the data are image-caption pairs, if all training rows show one picture, and if a
-    candidate to be scored is no training class. The fewer labels there are, the closer the
-    attention stays to the zero-shot posterior. With rows without labels, the attention stays close
-    to the posterior from ``ViLUZero`` instead.
+    The attention is the only expert in each of these four cases:
 
-    With examples of images that show none of the classes, or with everyday words (the column
-    "negatives"), there is a further outcome, "outside" (``vilu.predictors.plus.ood``). Then
+    - There are fewer than ten labels per class on average.
+    - The data are image-caption pairs.
+    - All training rows show one picture.
+    - A candidate to be scored is no training class.
+
+    The fewer labels there are, the closer the attention stays to the zero-shot posterior. If there
+    are also rows without labels, the attention stays close to the posterior from ``ViLUZero``
+    instead.
+
+    A further outcome, "outside", means that the image shows none of the classes
+    (``vilu.predictors.plus.ood``). It is learned if there are examples of such images, or everyday
+    words (the column "negatives"). Then
 
         u = 1 - (1 - P(outside)) q_t̂
 
@@ -155,16 +177,16 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     Args:
         features: Whether to use the column "features" as an input beside the embedding, if the data
-            have this column. The column holds the image encoder's output before the projection, or
-            a second encoder's output. The ``label`` says whether the column is used.
+            have this column. The column holds the image encoder's output before the projection to
+            the embedding, or a second encoder's output. The ``label`` says whether it is used.
         variance: Prior variance for what the attention adds to the logits. The unit is the variance
             of the tempered zero-shot logits.
-        sharing: Share rho of this variance common to all classes. Only the common part changes the
-            logits for unseen candidates.
+        sharing: The share of this variance that is common to all classes. Only the common part
+            changes the logits for unseen candidates.
         width: The network's hidden width.
         dropout: The network's dropout probability.
-        epochs: How many passes over the rows train the network. If None, 20, or as many as make
-            300 steps.
+        epochs: How many passes over the rows train the network. If None, 20, or more passes for
+            few rows, or fewer passes for many rows (``small_network_epochs``).
         batch_size: The network's batch size. If None, a twentieth of the rows, between 64 and 256.
         learning_rate: The network's initial learning rate (AdamW, cosine schedule).
         weight_decay: The network's weight decay.
@@ -213,7 +235,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def label(self) -> str:
-        """The name, with "features" for a fit with features, and "outside" for a learned outcome.
+        """The name, followed by "features" and "outside" if the fit used or learned these.
 
         Examples of labels are "vilu_plus" and "vilu_plus (features, outside)".
         """
@@ -227,9 +249,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return f"{self.name} ({', '.join(additions)})"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """Return the columns with features and words that are in the data and used by the fit.
+        """Return which of the columns "features" and "negatives" the fit uses.
 
-        The fit uses features if ``features`` is true, and words except for image-caption pairs.
+        A column is used only if the data have it. Features are used if ``features`` is true. Words
+        are used except for image-caption pairs.
         """
         columns = []
         if self.features and FEATURES in train.columns:
@@ -240,7 +263,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The columns with features and words used in the fit."""
+        """The columns with features and words that the fitted method needs for scoring."""
         if self.network_ is not None and self.experts.attention.inputs.has_features:
             return (FEATURES, *self.outcome.columns)
         return self.outcome.columns
@@ -251,7 +274,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return cast("Experts", self.network)
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        weights = torch.ones(1, dtype=torch.float64)
+        weights = torch.ones(1, dtype=torch.float64)  # for the attention alone, without a pool
         companion_kinds = self._companion_kinds(train)
         folds: list[tuple[Rows, Rows]] = []
         if companion_kinds:
@@ -265,11 +288,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             class_text = class_texts(train)
             start_logits = learned_classes.start_logits(class_text, logit_scale)
         experts = None
-        rows_of_experts = None  # the rows that fitted ``experts``
+        rows_of_experts = None  # the rows on which ``experts`` were fitted
         held_out_answers = None
         if folds:
-            # The pool and the experts are fitted on different rows. On the same rows the memory
-            # would get all the weight, since the memory contains those rows' labels.
+            # The pool and the experts are fitted on different rows. On the experts' own rows the
+            # memory would get all the weight, since it contains the labels of these rows.
             _, first_held_out = folds[0]  # all folds hold out about the same number of rows
             n_folds = math.ceil(ENOUGH_HELD_OUT_ROWS / len(first_held_out.index))
             posteriors_of_batches = []
@@ -300,10 +323,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     def _folds(
         self, train: Rows, failure: Tensor, validation: EmbeddingSource | None
     ) -> list[tuple[Rows, Rows]]:
-        """Return pairs: rows to fit the experts on, and held-out rows to fit the pool on.
+        """Return a pair for each fold: rows to fit the experts on, and rows to fit the pool on.
 
         All rows of a picture are in the same fold. If all rows show one picture, no row is left to
-        fit on, and there are no pairs.
+        fit the experts on, and there are no pairs.
         """
         if validation is not None:
             class_text = class_texts(train)
@@ -384,6 +407,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
         batch_size = self.batch_size
         if batch_size is None:
+            # twice a fortieth of the rows, as the class docstring says: a twentieth
             batch_size = 2 * default_batch_size(len(rows.index))
         n_classes = len(attention.classes)
         adapter = Adapter(attention.inputs, n_classes, self.width, self.dropout, self.seed)
@@ -392,7 +416,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        # zero-shot answers are computed here for all rows at once, and kept by the batch
+        # All rows get their zero-shot answers at once, before the batch is split into blocks.
         answered_batch = batch.answered(batch.zero_shot)
         blocks = self.experts.logit_blocks(answered_batch)
         log_odds_of_blocks = [
@@ -435,7 +459,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         """Make new experts with the sizes in the saved ``tensors``."""
         missing_names = {CLASSES_TENSOR, FEATURE_MEAN_TENSOR, POOL_TENSOR} - tensors.keys()
         if missing_names:
-            saved_names = ", ".join(sorted(tensors)[:8])
+            first_names = sorted(tensors)[:8]  # these show what kind of file it is
+            saved_names = ", ".join(first_names)
             raise DataError(f"a {self.name} holds experts and a pool. The file has {saved_names}.")
         n_classes = len(tensors[CLASSES_TENSOR])
         dim = space.embed_dim
@@ -457,10 +482,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """The score of ``ViLUPlus`` as a graph for export. The graph cannot branch on values.
+    """The score of ``ViLUPlus`` as a graph for export.
 
-    All experts are computed. If some candidate is no training class, all experts but the attention
-    have the weight zero.
+    The graph cannot branch on values, so all experts are always computed. If some candidate is no
+    training class, all experts but the attention have the weight zero.
     """
 
     def __init__(self, experts: Experts, outcome: Outside) -> None:
@@ -472,7 +497,7 @@ class PlusGraph(nn.Module):
         n_features = len(attention.inputs.features.mean)  # the mean has a number for each feature
         self.widths = {FEATURES: n_features}
         self.expert_weights = nn.Buffer(experts.weights)
-        # weights (1, 0, ...), where only the attention counts
+        # the weights (1, 0, ...), with which only the attention counts
         attention_only = torch.eye(len(experts.weights), dtype=experts.weights.dtype)[0]
         self.attention_only = nn.Buffer(attention_only)
 
@@ -513,7 +538,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
     Only the attention can score such a candidate, so the pool cannot be fitted on these rows.
     """
-    n_unknown = validation.n_candidates  # for image-caption pairs: captions are no training classes
+    n_unknown = validation.n_candidates  # if the candidates are captions, none is a training class
     if not validation.pool_size:
         no_rows = torch.arange(0)
         text = validation.candidates(no_rows).text
@@ -529,7 +554,7 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
 
 
 class ExpertPosteriors(NamedTuple):
-    """Posteriors for B rows by each of M experts, with the truth and the zero-shot answers."""
+    """The posteriors for B rows by M experts, with the true candidates and zero-shot answers."""
 
     log_p: Tensor  # (B, M, K) float64 log probabilities for the K candidates
     target: Tensor  # (B,) true candidates
@@ -553,9 +578,9 @@ def expert_posteriors(experts: Experts, rows: Rows, device: torch.device) -> lis
 def _fit_pool(
     posteriors_of_batches: list[ExpertPosteriors], folds: list[tuple[Rows, Rows]]
 ) -> tuple[Tensor, HeldOutAnswers | None]:
-    """Fit the experts' weights, and compute the pool's answers for the held-out rows.
+    """Fit the experts' weights. Return them, and the pool's answers for the held-out rows.
 
-    If the rows to fit on lack a class in some fold, the answers are None.
+    If the experts of some fold were fitted without any row of a class, the answers are None.
     """
     log_p = torch.cat([batch.log_p for batch in posteriors_of_batches])
     target = torch.cat([batch.target for batch in posteriors_of_batches])
@@ -571,7 +596,7 @@ def _fit_pool(
 
 
 def _fit_inputs(rows: Rows) -> ImageInputs:
-    """Make the experts' inputs, fitted to the images and, if there are features, to these."""
+    """Make the experts' inputs, fitted to the images and to the features, if there are any."""
     feature_dim = 0
     if FEATURES in rows.columns:
         feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1]

@@ -2,8 +2,10 @@
 
 Two things are learned from these images: which classes occur, and an image prototype per class.
 
-Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class's count is
-the sum over rows of the posterior probability of this class.
+Shapes: N rows to learn from, B rows to score, K classes, D embedding width.
+
+Without labels, the rows of a class cannot be counted. Instead, every row has a posterior
+probability of the class, and the class's count is the sum of these probabilities over the rows.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ MAX_EM_ROWS = 20_000
 N_EM_PASSES = 50
 """How many EM passes go over these rows."""
 PSEUDO_COUNT = 0.5
-"""EM counts this many rows for every class in addition to the data's rows.
+"""EM adds this many rows to the count of every class.
 
-The zero-shot model confuses many rare classes with frequent classes. Without these rows, EM gives
-such rare classes a count of zero.
+The zero-shot model confuses many rare classes with frequent classes. Without the added rows, EM
+gives such rare classes a count of zero.
 """
 N_ROUNDS = 2
 """How many passes learn prototypes.
@@ -50,80 +52,92 @@ N_ROUNDS = 2
 The first pass uses the zero-shot posterior, and the second the pooled posterior.
 """
 RIDGE = 0.7
-"""Weight on the spherical part in the regularised covariance within classes."""
+"""The covariance within classes is averaged with a spherical covariance, which has this weight."""
 NEGLIGIBLE_VARIANCE = 1e-12
 """All images count as equal if the variance is at most this."""
 ABSENT_MEAN_COUNT = 0.5
 """Assumed mean count, in rows, for an absent class."""
 PRIOR_OCCURRING_CLASSES = 5.0
-"""As a prior, this many further classes are taken to occur.
+"""As a prior, this many classes are added to the K classes and are taken to occur.
 
 Without this prior, a few classes with a count of zero would make most classes count as absent.
 """
 MISCOUNTED_SHARE = 0.1
-"""Assumed share of occurring classes with a count near zero: the rows count for wrong classes."""
+"""Assumed share of the occurring classes that have a count near zero.
+
+The zero-shot model gives the rows of these classes to other classes.
+"""
 MAX_ANCHOR_ROWS = 100.0
-"""Largest weight, in rows, for a class mean's anchor."""
+"""A class mean has an anchor, computed from the class text, with at most this weight in rows."""
 FULL_WEIGHT_VARIANCE = 0.2
 """The prototypes get full weight if the variance between class means is at least this.
 
 The unit is the variance within classes.
 """
 MIN_PLACEMENT = 0.5
-"""The prototypes get no weight if purity and slope (``placement``) are at most this."""
+"""The prototypes get no weight if purity and slope are both at most this (``placement``)."""
 FULL_PLACEMENT = 0.7
-"""The prototypes get full weight if purity or slope (``placement``) is at least this."""
+"""The prototypes get full weight if purity or slope is at least this (``placement``)."""
 MIN_ROWS_PER_CLASS = 2.0
 """The prototypes get no weight if an occurring class has at most this many rows on average."""
 OCCURRENCE_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 """Candidate values for lambda, the factor on the log occurrence probabilities."""
 PROTOTYPE_SCALES = (0.0, *(0.01 * 1.3**i for i in range(24)))
-"""Candidate values for tau, the factor on the prototypes' discriminants."""
+"""Candidate values for tau, the factor on the prototypes' discriminants: 0, and 0.01 to 4.2."""
 
 
 @dataclasses.dataclass
 class ViLUZero(SeesOutside, ClosedSet):
     """The zero-shot posterior, pooled with image prototypes learned from unlabelled rows.
 
-    The answer stays the zero-shot answer. The uncertainty is
-
-        u = 1 - (1 - P_outside) q
-
-    where q is the zero-shot answer's probability under softmax(l'). The pooled logits l' for an
-    image z are computed from the zero-shot logits l:
+    The answer stays the zero-shot answer. An image z has the zero-shot logit l_c for class c. A
+    pooled logit l'_c is an average of l_c and a prototype term tau g_c, which has the weight s. An
+    offset o_c is added:
 
         l'_c = (1 - s) l_c + s tau g_c(z) + o_c
 
-    The terms o, g, tau and s are described below in this order.
+    The terms are explained below.
 
-    *Which classes occur* (o, (K,), at most 0). EM finds the class frequencies pi that make the rows
-    likeliest. The posterior p(c | z) is in proportion to pi_c exp(l_c). Half a row is counted for
-    every class beforehand. The counts n_c are sums of the posteriors. The counts are modelled as
-    a mixture of two exponential distributions. A share rho of the classes is absent, with a mean
-    count of 1/2. The classes that occur have a mean count of N / (K (1 - rho)). The offset is then
-    o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is chosen by cross-validation between two
-    halves of the rows. The chosen lambda maximises the mean of
+    Let q be the zero-shot answer's probability under softmax(l'), and P_outside the probability
+    that the image shows none of the classes. The uncertainty is
+
+        u = 1 - (1 - P_outside) q
+
+    *Which classes occur* (o_c, at most 0). EM finds the class frequencies pi that make the rows
+    likeliest. The posterior p(c | z) is in proportion to pi_c exp(l_c). The count n_c is the sum of
+    the posteriors p(c | z) over the rows. EM adds half a row to every count.
+
+    The counts are modelled as a mixture of two exponential distributions. A share rho of the
+    classes is absent, with a mean count of 1/2. The classes that occur have a mean count of
+    N / (K (1 - rho)). The offset is then o_c = lambda log P(c occurs | n_c). lambda in [0, 1] is
+    chosen by cross-validation between two halves of the rows. The chosen lambda maximises the mean
+    over rows of
 
         log [sum_c exp(l_c + o_c) / sum_c exp(o_c)]
 
-    *Prototypes* (g, linear in z). g are the discriminants of Gaussians, one per class, with a
-    common covariance. The rows' posteriors are soft memberships in the classes. A class has the
-    prior mean m + a (t_c - t), with the mean image m and the mean text t. The estimated
-    mean is between the prior mean and the members' mean. The members' mean has the
-    weight n_c / (n_c + kappa). kappa, a and the covariance are estimated from the rows.
+    *Prototypes* (g_c, linear in z). A class is modelled as a Gaussian over images. All Gaussians
+    have the same covariance, and g_c is the discriminant of class c. Every row is a soft member in
+    class c, with its posterior as weight. The mean of a class lies between two means:
 
-    tau minimises a cross-entropy between two halves of the rows: the prototypes from one half
-    predict the posterior in the other half. If the prototypes do not predict this posterior, tau
-    is 0.
+    - The prior mean is m + a (t_c - t), with the mean image m, the class text t_c, the mean text t
+      and a slope a.
+    - The members' mean has the weight n_c / (n_c + kappa).
 
-    The prototypes' weight s is ``share`` times three factors in [0, 1]. The first factor is
-    1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class this
-    factor is 0, because prototypes from so few rows do harm. The second factor is the square of r.
-    Here r is the variance between the class means divided by ``FULL_WEIGHT_VARIANCE``,
-    and at most 1. The third factor measures whether a class mean lies at the class, by the
-    members or by the texts (``placement``).
+    kappa, a and the covariance are estimated from the rows.
 
-    *Images that show none of the classes* (P_outside). Where the data have the column ``negatives``
+    *Factor tau.* The prototypes from one half of the rows predict the posterior in the other half.
+    tau minimises the cross-entropy of this prediction. If the prototypes do not predict the
+    posterior, tau is 0.
+
+    *Weight s.* s is ``share`` times three factors in [0, 1]:
+
+    1. 1 - 2 K' / N, with K' = K (1 - rho) occurring classes. Up to two rows per occurring class
+       this factor is 0, because prototypes from so few rows do harm.
+    2. r^2. r is the variance between the class means divided by ``FULL_WEIGHT_VARIANCE``, and at
+       most 1.
+    3. A factor that is large if the class means of confused classes stay apart (``placement``).
+
+    *Images that show none of the classes* (P_outside). If the data have the column ``negatives``
     with everyday words, P_outside comes from a mixture of images inside and outside
     (``vilu.predictors.plus.ood``). Without this column P_outside is 0.
 
@@ -250,11 +264,11 @@ class ViLUZero(SeesOutside, ClosedSet):
 class LearnedClasses(NamedTuple):
     """Terms in the pooled logits l' for K classes, learned from rows without labels.
 
-    The zero-shot logits l are pooled with prototypes:
+    The zero-shot logits l of a unit image z are pooled with prototypes:
 
-        l'_c = (1 - share) l_c + (z - centre) . weight_c + bias_c + occurrence_c
+        l'_c = (1 - share) l_c + (z - centre) . weight_c + bias_c + log_occurrence_c
 
-    z are unit images. All tensors are float64.
+    All tensors are float64.
     """
 
     share: float
@@ -265,11 +279,13 @@ class LearnedClasses(NamedTuple):
     notes: dict[str, Any]
 
     def start_logits(self, text: Tensor, logit_scale: float) -> StartLogits:
-        """Rewrite the pooled logits as l_c plus a residual, for class texts (K, D).
+        """Write the pooled logits as l_c plus a residual, and return the residual's terms.
 
-        The residual contains the term -share l_c. This term is linear in the image.
+        The residual is linear in the image, with the term -share l_c. ``text`` (K, D) are the class
+        texts.
         """
-        # z . scaled_text_c = share l_c for every image z
+        # For every image z, share l_c = scaled_text_c . z. With the centre subtracted from z, this
+        # is scaled_text_c . (z - centre) + scaled_text_c . centre: a weight and a bias.
         scaled_text = self.share * logit_scale * float64(text).cpu()
         return StartLogits(
             centre=self.centre,
@@ -290,8 +306,8 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
     prototypes = Classifier.zero(text)
     log_occurrence = torch.zeros(len(text), dtype=torch.float64)
     notes: dict[str, Any] = {}
-    # Each half of the rows checks the estimates from the other half. Fewer rows do not suffice for
-    # two halves. Nothing is learned then, and the pooled logits are the zero-shot logits.
+    # Each half of the rows checks the estimates from the other half. Too few rows cannot be split
+    # into two halves. Nothing is learned then, and the pooled logits are the zero-shot logits.
     n_rows = len(rows.index)
     if n_rows >= MIN_RELIABLE_ROWS:
         halves = UnlabelledHalves(rows, seed, device)
@@ -321,9 +337,10 @@ def learn_classes(rows: Rows, max_share: float, seed: int, device: torch.device)
 
 
 class SoftMembers(NamedTuple):
-    """Sums over rows as soft members in the K classes, with posteriors p and images x.
+    """Sums over rows that are soft members in K classes.
 
-    If the sums are over two halves of the rows, each tensor has a first dimension of size 2.
+    A row with the image x and the posterior p (K,) is a member in class c with the weight p_c. If
+    there are sums for two halves of the rows, each tensor has a first dimension of size 2.
     """
 
     counts: Tensor  # (K,) sums of p: the class counts
@@ -359,7 +376,10 @@ class SoftMembers(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = (z - centre) weight^T + bias for images z, and the fit's estimates."""
+    """Discriminants of K classes, and the estimates from the fit.
+
+    An image z has the discriminants g = (z - centre) weight^T + bias.
+    """
 
     centre: Tensor  # (D,)
     weight: Tensor  # (K, D)
@@ -385,21 +405,23 @@ class Classifier(NamedTuple):
 
 
 def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
-    """Fit Gaussians with a common covariance W and means anchored at texts (K, D).
+    """Fit a Gaussian for each class, with a common covariance W and means anchored at the texts.
 
-    The mean m_c over the n_c soft members in class c is modelled as
+    Class c has the text t_c (a row in ``text``) and the count n_c. m_c is the mean image over the
+    soft members in class c, and m is the mean of all N images. t is the mean text, weighted by n_c.
+    The model is
 
-        m_c = m + a (t_c - t) + e_c, where the error e_c has the covariance (1 / n_c + 1 / kappa) W
+        m_c = m + a (t_c - t) + e_c
 
-    m is the mean image, t the mean text weighted by n_c. All distances use the metric W.
+    The error e_c has the covariance (1 / n_c + 1 / kappa) W. All distances use the metric W.
 
-    1. W is the covariance within classes, divided by N minus the means' degrees of freedom,
-       sum_c sum_i p_ic^2 / n_c.
-    2. a is the slope in the weighted least-squares regression, at least 0.
-    3. kappa is estimated by its inverse, from the mean square of the residuals, and is at most
-       ``MAX_ANCHOR_ROWS``.
-    4. The result's ``separation`` is the variance between the class means. It is the mean square of
-       m_c - m without the share of the sampling noise.
+    1. W is the scatter within classes, divided by N - d. Here d are the means' degrees of freedom,
+       sum_c sum_i p_ic^2 / n_c, with the posterior p_ic of row i for class c.
+    2. a is the slope in the regression of m_c - m on t_c - t by weighted least squares. It is at
+       least 0.
+    3. kappa is the inverse of the variance of the residuals e_c without sampling noise. It is at
+       most ``MAX_ANCHOR_ROWS``.
+    4. The result's ``separation`` is the variance of m_c - m without sampling noise.
     """
     count = member_sums.counts.clamp(min=1e-9)  # a divisor, so never 0
     n = float(member_sums.counts.sum())
@@ -407,8 +429,10 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     class_means = member_sums.image_sums / count[:, None]
     centred_means = class_means - mean
     scatter = member_sums.image_products - n * torch.outer(mean, mean)
-    scatter_within = scatter - (centred_means.T * member_sums.counts) @ centred_means
-    # division by N would treat the means as known, and underestimate variance in small classes
+    scatter_between = (centred_means.T * member_sums.counts) @ centred_means
+    scatter_within = scatter - scatter_between
+    # A division by N would treat the means as known. The variance in small classes would then be
+    # underestimated.
     degrees_of_means = float((member_sums.squares / count).sum())
     covariance = scatter_within / max(n - degrees_of_means, 1.0)
     dim = len(covariance)
@@ -419,7 +443,8 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     # covariance is therefore mixed with a spherical covariance.
     identity = torch.eye(dim, dtype=torch.float64)
     precision = torch.linalg.inv((1 - RIDGE) * covariance + RIDGE * variance * identity)
-    # weighted least-squares slope: products between means and texts, over products between texts
+    # The weighted least-squares slope is a quotient: products of means with texts, divided by
+    # products of texts with texts.
     centred_texts = text - (member_sums.counts @ text) / n
     weighted_texts = member_sums.counts[:, None] * (centred_texts @ precision)
     means_on_texts = (weighted_texts * centred_means).sum()
@@ -431,7 +456,8 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
     def variance_without_noise(vectors: Tensor) -> float:
         """Compute the variance over vectors (K, D), one per class, without sampling noise.
 
-        The unit is W. The noise K / N of K means is subtracted from the weighted mean square.
+        The unit is W. A vector has the noise 1 / n_c, and the weight n_c / N in the mean square. So
+        K vectors have the noise K / N in sum.
         """
         squares = ((vectors @ precision) * vectors).sum(1)
         mean_square = float((member_sums.counts * squares).sum()) / (mean_square_within * n)
@@ -439,9 +465,11 @@ def fit_classifier(member_sums: SoftMembers, text: Tensor) -> Classifier:
 
     residual_variance = variance_without_noise(centred_means - slope * centred_texts)
     anchor = 1 / max(residual_variance, 1 / MAX_ANCHOR_ROWS)
-    # weighted means over the members' means (weight n_c) and the prior means (weight kappa)
+    # the average of a class's members' mean, with weight n_c, and its prior mean, with weight kappa
     weighted_sums = member_sums.counts[:, None] * centred_means + anchor * slope * centred_texts
     means = weighted_sums / (member_sums.counts + anchor)[:, None]
+    # With a common precision P, the log density of a Gaussian with the mean v at an image x is
+    # x P v - v P v / 2, up to terms that are equal for all classes.
     weight = means @ precision
     bias = -(weight * means).sum(1) / 2
     separation = variance_without_noise(centred_means)
@@ -457,7 +485,8 @@ class UnlabelledHalves:
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows.index), generator=generator)
-        # for each half, the row positions (N / 2,): every second row among the shuffled rows
+        # The positions (N / 2,) of each half's rows. The rows are shuffled, and then every second
+        # row belongs to the same half.
         self.halves = [order[half::2].sort().values for half in (0, 1)]
         self.rows = rows
         self.device = device
@@ -479,16 +508,15 @@ class UnlabelledHalves:
         return offset.float().to(self.device)
 
     def counts(self, halves: tuple[int, ...]) -> Tensor:
-        """Estimate class counts (K,) float64 over the rows in some halves, by EM from equal counts.
+        """Estimate the class counts (K,) float64 of the rows in the given halves, by EM.
 
-        The counts are sums of posteriors. The prior is in proportion to count + ``PSEUDO_COUNT``.
-        At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
+        EM begins with equal counts. At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
         """
-        # EM by Saerens et al., Neural Computation 2002, with a Dirichlet prior on the frequencies:
-        # EM ends at the frequencies pi that maximise
-        #     sum log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
-        # A pass computes every row's posterior with the counts as prior. The new counts are the
-        # sums of the posteriors.
+        # EM by Saerens et al., Neural Computation 2002, with a Dirichlet prior on the class
+        # frequencies pi. EM ends at the frequencies that maximise
+        #     sum_rows log sum_c pi_c exp(l_c) + PSEUDO_COUNT sum_c log pi_c.
+        # A pass computes every row's posterior. Its prior is in proportion to count + PSEUDO_COUNT.
+        # The new counts are the sums of the posteriors.
         max_rows = MAX_EM_ROWS // 2  # in each half
         n = 0
         for half in halves:
@@ -506,7 +534,7 @@ class UnlabelledHalves:
         return count
 
     def estimate_occurrence(self) -> tuple[Tensor, float]:
-        """Estimate the offsets o (K,) in ``ViLUZero``, at most 0, and the absent classes' share."""
+        """Return the offsets o (K,) in ``ViLUZero``, and the share of absent classes."""
         counts = self.counts(halves=(0, 1))
         log_presence, absent_share = fit_presence(counts)
         all_occur = not bool(log_presence.any())  # every log P(c occurs) is 0
@@ -525,13 +553,14 @@ class UnlabelledHalves:
         return strength * log_presence, absent_share
 
     def _evidence(self, half: int, log_presence: Tensor) -> Tensor:
-        """Compute the log-evidence (S,) in one half of the rows under each of the S strengths s.
+        """Compute the log-evidence (S,) in one half of the rows, for each of the S strengths s.
 
-        With the log occurrence probabilities o (K,) the evidence is the sum over rows of
+        ``log_presence`` (K,) are the log occurrence probabilities o. The log-evidence is the sum
+        over rows of
 
             log [sum_c exp(l_c + s o_c) / sum_c exp(s o_c)]
         """
-        # s o_c minus the logarithm of the denominator
+        # The denominator is the same for all rows, so its logarithm is subtracted from s o_c here.
         offsets = []
         for strength in OCCURRENCE_STRENGTHS:
             offset = strength * log_presence
@@ -549,7 +578,7 @@ class UnlabelledHalves:
     def prototypes(
         self, log_occurrence: Tensor, max_share: float, purity: float
     ) -> tuple[float, float, Classifier]:
-        """Learn the prototypes, their weight (at most ``max_share``) and tau."""
+        """Learn prototypes. Return their weight, at most ``max_share``, then tau, then them."""
         text = float64(self.text).cpu()
         share = 0.0
         prototype_scale = 0.0
@@ -576,12 +605,13 @@ class UnlabelledHalves:
         return share, prototype_scale, prototypes
 
     def purity(self, log_occurrence: Tensor) -> float:
-        """Compute the expected share of right rows among a class's soft members, sum p^2 / N.
+        """Compute the share of the soft memberships in which the row belongs to the class.
 
-        p are the posteriors softmax(l + o). At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
+        The row's posterior is p = softmax(l + o). The expected share is the sum of p_c^2 over rows
+        and classes, divided by N. At most ``MAX_EM_ROWS`` / 2 rows in each half are read.
         """
-        # A row counts as a member in class c with weight p_c. If posteriors are calibrated, the row
-        # belongs to class c with probability p_c.
+        # A row is a member in class c with the weight p_c. If posteriors are calibrated, the row
+        # also belongs to class c with the probability p_c. The product is p_c^2.
         offset = self._float32_on_device(log_occurrence)
         squares = 0.0
         n = 0
@@ -601,18 +631,19 @@ class UnlabelledHalves:
     ) -> SoftMembers:
         """Compute sums over the soft members in both halves.
 
-        A row's posterior is pooled with the prototypes from the other half, with weight
-        ``share`` and scale ``prototype_scale``. ``log_occurrence`` (K,) is o in ``ViLUZero``.
+        A row's posterior is pooled with the prototypes from the other half. Their weight s is
+        ``share``, and tau is ``prototype_scale``. ``log_occurrence`` (K,) is o in ``ViLUZero``.
         """
         n_classes, dim = self.text.shape
         member_sums = SoftMembers.empty(n_classes, dim)
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled_logits = logits + self._float32_on_device(log_occurrence)
-                # prototypes from the same half would only confirm the memberships in this half
                 if prototype_scale:
+                    # prototypes from the same half would only confirm the memberships in this half
                     discriminants = other_half_prototypes[half].discriminants(image)
                     prototype_logits = prototype_scale * discriminants
+                    # l + o becomes (1 - s) l + s tau g + o
                     pooled_logits = pooled_logits + share * (prototype_logits - logits)
                 member_sums.add(half, pooled_logits.softmax(1), image)
         return member_sums
@@ -620,10 +651,10 @@ class UnlabelledHalves:
     def _best_prototype_scale(
         self, log_occurrence: Tensor, other_half_prototypes: list[Classifier]
     ) -> float:
-        """Find the tau whose prototypes predict the posteriors best.
+        """Find the tau with which the prototypes predict the posteriors best.
 
-        The mean cross-entropy between softmax(tau g + o) and softmax(l + o) is least at this tau.
-        g are a row's discriminants by the prototypes from the other half.
+        g are a row's discriminants by the prototypes from the other half. At the best tau, the
+        cross-entropy between the posterior softmax(l + o) and softmax(tau g + o) is least.
         """
         losses = torch.zeros(len(PROTOTYPE_SCALES), dtype=torch.float64)
         offset = self._float32_on_device(log_occurrence)
@@ -633,8 +664,8 @@ class UnlabelledHalves:
                 g = other_half_prototypes[half].discriminants(image)
                 for index, prototype_scale in enumerate(PROTOTYPE_SCALES):
                     log_predicted = (prototype_scale * g + offset).log_softmax(1)
-                    minus_cross_entropy = (posterior * log_predicted).sum(1).double()
-                    losses[index] -= minus_cross_entropy.sum().cpu()
+                    cross_entropy = -(posterior * log_predicted).sum(1).double()
+                    losses[index] += cross_entropy.sum().cpu()
         return PROTOTYPE_SCALES[int(losses.argmin())]
 
 
@@ -649,14 +680,14 @@ def row_count_factor(n_rows: int, n_classes: float) -> float:
 def placement(purity: float, slope: float) -> float:
     """Compute a factor in [0, 1] for the prototypes' weight, by where the class means lie.
 
-    If a class mean lies at the class, the factor is large. The larger of ``purity`` and
-    ``slope`` decides. The factor is 0 up to ``MIN_PLACEMENT``, and rises from there to 1 at
-    ``FULL_PLACEMENT``.
+    The factor is large if the estimated means of two confused classes lie apart, as the true means
+    do. Either a large ``purity`` or a large ``slope`` suffices, so the larger of the two decides.
+    The factor is 0 up to ``MIN_PLACEMENT``, and rises from there to 1 at ``FULL_PLACEMENT``.
     """
     # Purity: suppose the zero-shot model confuses classes A and B. A share pi of A's soft members
-    # belongs to A, and 1 - pi belongs to B, and the same for B. The members' means then
-    # differ by (2 pi - 1) times the true difference. At pi = 1/2 the means are equal, and
-    # prototypes would only repeat the confusion with more certainty.
+    # belongs to A, and the share 1 - pi belongs to B. For B's soft members it is the other way
+    # round. The members' means of A and B then differ by (2 pi - 1) times the true difference. At
+    # pi = 1/2 they are equal, and prototypes would only repeat the confusion with more certainty.
     # Slope: a class has the prior mean m + a (t_c - t). If the slope a is above 1/2, the texts
     # (shifted to the mean image) are nearer to the class means than the mean image is. Then the
     # texts keep confused classes' means apart.
@@ -666,16 +697,15 @@ def placement(purity: float, slope: float) -> float:
 
 
 def fit_presence(count: Tensor) -> tuple[Tensor, float]:
-    """Estimate log P(c occurs | n_c) (K,) from class counts n_c (K,), and the absent share rho.
+    """Estimate log P(c occurs | n_c) (K,) from the class counts n_c (K,). Also return rho.
 
-    The density of a count n_c is
+    A share rho of the classes is absent, with the mean count s = ``ABSENT_MEAN_COUNT``. The classes
+    that occur have the mean count m = N / (K (1 - rho)). f(m) = exp(-n_c / m) / m is an exponential
+    density. The density of a count n_c is rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)).
 
-        rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), with f(m) = exp(-n_c / m) / m
-
-    where s = ``ABSENT_MEAN_COUNT`` and m = N / (K (1 - rho)). The 0.1 is ``MISCOUNTED_SHARE``: a
-    tenth of the occurring classes have counts like absent classes, since the rows count for wrong
-    classes. rho is found by EM, as if ``PRIOR_OCCURRING_CLASSES`` further classes occurred. If m is
-    at most s, all classes are taken to occur.
+    The 0.1 is ``MISCOUNTED_SHARE``: a tenth of the occurring classes have counts like absent
+    classes, since the rows count for wrong classes. rho is found by EM, as if
+    ``PRIOR_OCCURRING_CLASSES`` further classes occurred. If m <= s, all classes are taken to occur.
     """
     n = float(count.sum())
     k = len(count)
@@ -685,13 +715,13 @@ def fit_presence(count: Tensor) -> tuple[Tensor, float]:
         mean = n / (k * (1 - absent_share))
         if mean <= ABSENT_MEAN_COUNT:
             return torch.zeros_like(count), 0.0
-        # Both densities may round to 0, so Bayes' rule takes their ratio.
+        # Both densities may round to 0. Bayes' rule therefore uses their ratio f(m) / f(s).
         exponent = count * (1 / ABSENT_MEAN_COUNT - 1 / mean)
-        density_ratio = torch.exp(exponent) * ABSENT_MEAN_COUNT / mean  # f(m) / f(s)
+        density_ratio = torch.exp(exponent) * ABSENT_MEAN_COUNT / mean
         # without MISCOUNTED_SHARE, classes overlooked by the zero-shot model would count as absent
         usual_ratio = (1 - MISCOUNTED_SHARE) * density_ratio  # 0.9 f(m) / f(s)
         mass_occurring = (1 - absent_share) * (usual_ratio + MISCOUNTED_SHARE)
         p_absent = absent_share / (absent_share + mass_occurring)  # Bayes' rule, divided by f(s)
-        # the share stays below 1, because ``mean`` is divided by 1 - absent_share
+        # the share stays below 1, because the next pass divides by 1 - absent_share
         absent_share = min(float(p_absent.sum()) / (k + PRIOR_OCCURRING_CLASSES), 0.99)
     return torch.log1p(-p_absent), absent_share

@@ -32,7 +32,7 @@ def start_from_fitted(
     fitted_predictor: FailurePredictor,
     values: Mapping[str, object] | None = None,
 ) -> HeadPredictor:
-    """Create a predictor of class ``cls``, with a ``fit`` that begins with the fitted weights.
+    """Create a predictor of class ``cls``, whose ``fit`` begins with the fitted weights.
 
     Args:
         cls: Class of a method with a failure head.

@@ -51,8 +51,8 @@ class HeadPredictor(FailurePredictor):
         validation_fraction: If ``fit`` gets no validation set, this share of the training rows is
             held out to choose the best epoch.
         hidden: Hidden layer widths in the MLP. The MLP has ``len(hidden) + 1`` layers.
-        epochs: Number of passes over the training rows. None: 35, changed so that there are at
-            least 1,400 and at most 6,000 steps, and then clipped to 10 ... 300.
+        epochs: Number of passes over the training rows. None: 35, or more to reach 1,400 steps, or
+            fewer to stay near 6,000 steps, and then clipped to 10 ... 300.
         batch_size: Rows per step. None: a fortieth of the training rows, clipped to 32 ... 128.
         learning_rate: Largest learning rate, reached after a linear warm-up. A cosine decay to zero
             follows.
@@ -60,7 +60,7 @@ class HeadPredictor(FailurePredictor):
         weight_decay: SGD weight decay.
         warmup_epochs: Length of the warm-up in epochs. The warm-up takes at most a tenth of all
             steps.
-        freeze_epochs: Number of epochs before the attention is trained. None: as many as 1,000
+        freeze_epochs: Number of epochs before the attention is trained. None: as many as have 1,000
             steps (the released code), and at least one (the paper), but at most half of all epochs.
         patience: Stop after this number of epochs without a validation AUROC near the best AUROC.
             None: never stop early.
@@ -169,7 +169,7 @@ class HeadPredictor(FailurePredictor):
         return run_inputs
 
     def _start_notes(self) -> dict[str, object]:
-        """Make notes on the earlier fit with the starting weights. Empty without such a fit."""
+        """Make notes on the earlier fit whose weights are the start. Empty without such a fit."""
         if self.start_ is None:
             return {}
         weights = self.start_.state()
@@ -194,9 +194,10 @@ class HeadPredictor(FailurePredictor):
     def _log_odds_bias(self) -> float:
         """Compute how far a trained head's log-odds exceed the log-odds of failure.
 
-        The excess is log w if failures have the weight w in the loss. If p is the probability of
-        failure, the weighted BCE is least at the odds w p / (1 - p). w is computed from the
-        training error rate. The row order does not depend on w.
+        Failures have the weight w in the loss. For a row with the probability p of failure, the
+        weighted BCE is least at the odds w p / (1 - p). So the log-odds are too large by log w. w
+        is computed from the training error rate. It does not change the order of the rows by
+        uncertainty.
         """
         if self.loss != "bce" or self.constant_ is not None:
             return 0.0
@@ -214,7 +215,7 @@ class HeadPredictor(FailurePredictor):
 
 
 class HeadGraph(nn.Module):
-    """Mean sigmoid(g) over a predictor's heads, as a module for export."""
+    """The mean of sigmoid(g) over a predictor's heads, as a module for export."""
 
     def __init__(self, heads: list[FailureHead]) -> None:
         super().__init__()
@@ -225,6 +226,7 @@ class HeadGraph(nn.Module):
         probabilities = []
         for module in self.heads:
             head = cast("FailureHead", module)
+            # as in ``FailureHead.forward``, but without the conversion to float32
             logit_column = head.rest(head.first_layer(batch))
             logit = logit_column.squeeze(-1)
             probability = torch.sigmoid(float64(logit))

@@ -22,16 +22,16 @@ class LVU(HeadPredictor):
     losses:
 
     - "mse": squared error between sigmoid(g) and 1 - p_y, as in the released code. For an image
-      outside all classes the target is 1.
+      that shows none of the classes, the target is 1.
     - "loss": squared error between softplus(g) and -log p_y, the VLM's loss, as in the supplement.
       If the mean square of -log p_y in the batch exceeds 1, the error is divided by the mean
       square. Without this division a training step would grow with the VLM's logit scale.
     - "bce": the loss of ViLU. The released checkpoints seem to be trained with this loss.
 
     softplus(g) = -log p_y is equivalent to sigmoid(g) = 1 - p_y. So with "mse" and with "loss",
-    sigmoid(g) estimates 1 - p_y. This estimate then serves as the probability of failure. By
-    Jensen's inequality the optimal estimate with "loss" is never below the optimal estimate with
-    "mse". Only "bce" estimates the probability of failure itself.
+    sigmoid(g) estimates 1 - p_y, and this estimate serves as the probability of failure. By
+    Jensen's inequality, the optimal estimate is never smaller with "loss" than with "mse". Only
+    "bce" estimates the probability of failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
 
@@ -59,9 +59,9 @@ class LVU(HeadPredictor):
 
     @property
     def needs(self) -> Needs:
-        """The requirement for a training row. The loss "loss" requires a known class.
+        """What a training row must have. With the loss "loss", it must have a known class.
 
-        For images outside all classes -log p_y is infinite, so these images are left out.
+        If an image shows none of the classes, -log p_y is infinite, so the image is left out.
         """
         if self.loss == "loss":
             return "class"
@@ -75,7 +75,7 @@ class LVU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> FailureHead:
-        """Make a head with initial weights drawn with the seed."""
+        """Make a head. Its initial weights are drawn from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         return FailureHead(
             space.embed_dim,
@@ -90,18 +90,20 @@ class LVU(HeadPredictor):
 class ViLU(HeadPredictor):
     """ViLU: an MLP on the image, the predicted caption, and cross-attention over all candidates.
 
+    z_v is the image embedding, and z_t̂ the embedding of the predicted caption. z_tj is the
+    embedding of candidate j, with the attention weight alpha_j and the learned matrix W. g is an
+    MLP with ReLU and layers with 512, 256, 128 and 1 units. The uncertainty is
+
         u = sigmoid(g(z_v, sum_j alpha_j W z_tj, z_t̂))
 
-    z_v is the image embedding. z_tj is the embedding of candidate j, with the attention weight
-    alpha_j. z_t̂ is the embedding of the predicted caption. g is an MLP with ReLU and layers with
-    512, 256, 128 and 1 units. The loss is the BCE with the answer's failure as target. In a batch
-    with N_s successes and N_f failures, failures have the weight log(1 + N_s / N_f).
+    The loss is the BCE with the answer's failure as target. In a batch with N_s successes and N_f
+    failures, failures have the weight log(1 + N_s / N_f).
 
     Args:
         attention: Form of the cross-attention.
 
             - "official": as in the released code, with one matrix W for keys and values, and with
-              the VLM's logit scale. W starts as the identity.
+              the VLM's logit scale. In the beginning, W is the identity.
             - "paper": as in the paper, with W_Q, W_K, W_V and the scale 1/sqrt(d).
             - None: no attention.
         predicted_caption: Whether the answer's text embedding is an input.
@@ -151,7 +153,7 @@ class ViLU(HeadPredictor):
         tensors: dict[str, Tensor],  # noqa: ARG002
         space: EmbeddingSpace,
     ) -> nn.Module:
-        """Make a head with initial weights drawn with the seed."""
+        """Make a head. Its initial weights are drawn from the seed."""
         return self._head(space)
 
     def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:

@@ -48,9 +48,9 @@ class RayExecutor:
     again. A part may be done twice. Such a part is still stored once, because the files have fixed
     names. Dead actors are not counted here, because the job gives up a part that keeps crashing.
 
-    ``processes`` is the number of actors. By default, a Ray started here has one actor per core on
-    this machine. By default, an already running Ray has one actor per GPU, or one actor per core if
-    there is no GPU.
+    ``processes`` is the number of actors. The default for a Ray started here is one actor per core
+    on this machine. The default for an already running Ray is one actor per GPU, or one actor per
+    core if there is no GPU.
     """
 
     name = "ray"
@@ -70,7 +70,7 @@ class RayExecutor:
             closing(self._outcome_rows(job, parts, actor_plan)) as rows,
         ):
             while True:
-                # not around the yield, because the caller's messages must be shown
+                # around the yield, this would also suppress the caller's messages
                 with suppress_messages():
                     row = next(rows, None)
                 if row is None:
@@ -80,10 +80,9 @@ class RayExecutor:
     def _outcome_rows(
         self, job: EmbedJob, parts: Sequence[int], actor_plan: _ActorPlan
     ) -> Generator[dict[str, Any], None, None]:
-        """Yield a row with each part's outcome, in the order of the rows from Ray.
+        """Yield a row with each part's outcome, in any order.
 
-        Closing this generator ends Ray Data's threads. These threads must end before Ray is shut
-        down.
+        Closing this generator ends Ray Data's threads, which must end before Ray is shut down.
         """
         part_rows = [{"part": part} for part in parts]
         dataset = self._data.from_items(part_rows, override_num_blocks=len(part_rows))
@@ -152,7 +151,8 @@ class RayExecutor:
         n_gpus = int(resources.get("GPU", 0))
         if n_gpus == 0:
             return None
-        return 1 / math.ceil(n_actors / n_gpus)
+        actors_per_gpu = math.ceil(n_actors / n_gpus)
+        return 1 / actors_per_gpu
 
     @contextmanager
     def _ray_data_settings(self) -> Iterator[None]:
@@ -223,8 +223,8 @@ class SparkExecutor:
     Each Python worker process keeps the job and loads the model once. An active ``SparkContext``,
     or the context from ``spark-submit``, is used and left running. Otherwise, Spark is started on
     this machine and stopped at the end. Spark may do a part twice (retry, speculation). The part is
-    still stored once, because the files have fixed names. Receipts are sent through an accumulator.
-    Spark updates the accumulator once per part, when the part's task has succeeded.
+    still stored once, because the files have fixed names. Receipts are sent through an accumulator,
+    which Spark updates once per part, when the part's task has succeeded.
     """
 
     name = "spark"
@@ -304,9 +304,9 @@ class SparkExecutor:
 
 
 class _SparkJob:
-    """A Spark job with all tasks. The job starts at once, in a separate thread.
+    """A Spark job with all tasks.
 
-    So receipts can be read while the job is running.
+    The job starts at once, in a separate thread, so receipts can be read while it is running.
 
     Args:
         spark: The module ``pyspark``.

@@ -50,9 +50,9 @@ class Worker:
                 self._job = self._unpack_job()
             receipt = self._job.process(part_number)
             return pickle.dumps(receipt)
-        # Any exception is caught, because the model or the reader may come from a plugin. Otherwise
-        # the exception would end this process without a message. Instead, the driver gets the
-        # exception as bytes, and raises the exception.
+        # Any exception is caught, because the model or the reader may come from a plugin. The
+        # driver gets the exception as bytes and raises it. Uncaught, it would end this process, and
+        # the driver would not know why.
         except Exception as error:  # noqa: BLE001
             return _pack_error(error)
 
@@ -103,21 +103,20 @@ def pack_job(job: EmbedJob, threads: int) -> bytes:
 
 
 def _pack_error(error: Exception) -> bytes:
-    """Pickle an exception.
+    """Pickle an exception. Unless it is a ViLUError, add the traceback as a note.
 
-    An exception that is no ViLUError gets the traceback as a note, because pickles have no
-    tracebacks.
+    The note is needed because a pickled exception has no traceback.
     """
     if not isinstance(error, ViLUError):
         note = "".join(traceback.format_exception(error))
         error.add_note(note)
     try:
         packed_error = pickle.dumps(error)
-        # The bytes are unpickled as a test. The test fails for a class whose __init__ takes more
-        # than a message.
+        # The bytes are unpickled as a test. For example, this fails for a class whose __init__
+        # takes more than a message.
         pickle.loads(packed_error)  # noqa: S301 - our own bytes
-    # Pickling and unpickling run a foreign class's methods. These methods may raise any exception.
-    # Then the driver gets the original exception as text.
+    # Pickling and unpickling run methods from elsewhere, which may raise any exception. In this
+    # case, the driver gets the original exception as text.
     except Exception:  # noqa: BLE001
         text = "".join(traceback.format_exception(error))
         return pickle.dumps(RuntimeError(text))
@@ -137,14 +136,14 @@ def threads_per_process(processes: int) -> int:
 
 
 def take_gpu(gpu_number: int) -> None:
-    """Make GPU number ``gpu_number`` modulo n the device "cuda", if there are n GPUs."""
+    """Choose the GPU that "cuda" means. Of n GPUs, this is number ``gpu_number`` modulo n."""
     if torch.cuda.is_available():
         n_gpus = torch.cuda.device_count()
         torch.cuda.set_device(gpu_number % n_gpus)
 
 
-# The run ends after this number of worker deaths in a single part. A job gives up a part after
-# fewer deaths (MAX_ATTEMPTS).
+# The run ends after this number of worker deaths in a single part. The number is larger than a
+# job's ``MAX_ATTEMPTS``, so that the job gives up a crashing part first.
 MAX_DEATHS = 5
 READY_MESSAGE = b""  # message from a worker that has started and waits for the job
 GRACE_SECONDS = 5.0  # time for a worker to end, before the worker is killed
@@ -164,10 +163,12 @@ class LocalExecutor:
     """An executor that does parts in processes on this machine.
 
     The driver (this process) has a pipe to each worker process. Through the pipe, the driver sends
-    the job and then part numbers, and the worker sends receipts. Workers are started with "spawn"
-    and not by a fork. A forked process would lack the driver's threads, but have copies of possibly
-    held locks. Workers share no lock. So if a worker is killed, only the unfinished part is lost,
-    and another worker does this part again. When the driver dies, all workers end at once.
+    the job and then part numbers, and the worker sends receipts. Workers share no lock. So if a
+    worker is killed, only the unfinished part is lost, and another worker does this part again.
+    When the driver dies, all workers end at once.
+
+    Workers are started with "spawn" and not by a fork. A fork would copy the driver's locks, even
+    held locks, but not the threads that would release them.
     """
 
     name = "local"
@@ -187,17 +188,17 @@ class LocalExecutor:
 
 @contextmanager
 def ctrl_c_blocked() -> Iterator[None]:
-    """Block Ctrl-C for processes that start in this block, from their first moment.
+    """Hold Ctrl-C back from processes that are started in the ``with`` statement.
 
-    Ctrl-C reaches all processes in the terminal. Without the block, Ctrl-C would end a process
-    during the imports, with a traceback. Only the calling thread is blocked. It gets a Ctrl-C after
-    the block. Windows has no such block.
+    Ctrl-C reaches all processes in the terminal. It would end a new process during the imports,
+    with a traceback. Ctrl-C is also held back from the calling thread, until the ``with`` statement
+    ends. On Windows, this does nothing.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # The start of the first process also starts this helper of multiprocessing, and then Python
-    # 3.11 unblocks Ctrl-C too early. So the helper is started before.
+    # Starting the first process would also start this helper of multiprocessing. In Python 3.11,
+    # the helper's start lets Ctrl-C through again. So the helper is started before.
     resource_tracker.ensure_running()
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -207,7 +208,7 @@ def ctrl_c_blocked() -> Iterator[None]:
 
 
 class _WorkerProcess:
-    """A worker process as the driver sees the process: the pipe, and the current part.
+    """The driver's record of a worker process: the process, the pipe, and the current part.
 
     ``number`` is the worker's number among all workers in a run.
     """
@@ -225,8 +226,8 @@ class _WorkerProcess:
             with ctrl_c_blocked():
                 self.process.start()
         finally:
-            # The pipe signals the worker's death only when all copies of the worker's pipe end are
-            # closed. So the driver closes this copy.
+            # The driver notices the worker's death only when all copies of the worker's pipe end
+            # are closed. So the driver closes its own copy.
             worker_end.close()
 
     def end(self) -> int | None:
@@ -270,8 +271,7 @@ class _WorkerPool:
                     continue
                 outcome = self._receive(worker)
                 if outcome is not None:
-                    # The worker gets a new part before the yield, because the caller may need some
-                    # time for the receipt.
+                    # before the yield, because the caller may need some time for the receipt
                     self._assign_parts()
                     yield unpack_receipt(outcome)
 
@@ -371,7 +371,7 @@ def _describe_exit_code(exit_code: int | None) -> str:
 def _run_worker(pipe: Connection, worker_number: int) -> None:
     """Run a worker: receive part numbers and send outcomes until the driver closes the pipe.
 
-    ``worker_number`` is the worker's number.
+    ``worker_number`` decides the worker's GPU.
     """
     # Ctrl-C reaches all processes in the terminal. A worker ignores Ctrl-C, because the driver ends
     # the worker. Until here, Ctrl-C was blocked (``ctrl_c_blocked``).
@@ -392,7 +392,7 @@ def _run_worker(pipe: Connection, worker_number: int) -> None:
 
 
 def end_with_driver() -> None:
-    """Wait until the driver has ended, then end this process at once.
+    """Wait until the driver has ended, and then end this process at once.
 
     Files are written atomically, so no file is left half-written.
     """
@@ -495,7 +495,7 @@ def _read_rank(environment: Mapping[str, str], rank_name: str, world_name: str) 
 
 
 def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
-    """Return this job's index in the Slurm job array as a rank, or None without an array."""
+    """Return this job's rank in the Slurm job array, or None without an array."""
     missing_names = sorted(set(ARRAY_VARIABLES) - environment.keys())
     if len(missing_names) == len(ARRAY_VARIABLES):
         return None
@@ -509,6 +509,7 @@ def _read_array_rank(environment: Mapping[str, str]) -> Rank | None:
     )
     step_text = environment.get("SLURM_ARRAY_TASK_STEP", "1")
     step = _parse_number("SLURM_ARRAY_TASK_STEP", step_text)
+    # indices may begin above 0 and have steps: for indices 2, 4, 6 the ranks are 0, 1, 2
     offset = array_index - min_index
     if step < 1 or offset % step != 0:
         raise UsageError(

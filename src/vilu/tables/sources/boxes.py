@@ -40,26 +40,30 @@ def overlaps(first: Floats, second: Floats, is_crowd: NDArray[np.bool_] | None =
         >>> overlaps(np.array([[0, 0, 2, 2.0]]), np.array([[0, 0, 2, 1.0], [5, 5, 1, 1]])).tolist()
         [[0.5, 0.0]]
     """
-    # the right and bottom edges
-    first_end = first[:, :2] + first[:, 2:]
-    second_end = second[:, :2] + second[:, 2:]
-    start = np.maximum(first[:, None, :2], second[None, :, :2])
+    # (N, 2), (M, 2) or, for pairs of boxes, (N, M, 2): a horizontal and a vertical number each
+    first_start = first[:, :2]  # left and top
+    second_start = second[:, :2]
+    first_end = first_start + first[:, 2:]  # right and bottom
+    second_end = second_start + second[:, 2:]
+    start = np.maximum(first_start[:, None], second_start[None, :])  # of the intersection
     end = np.minimum(first_end[:, None], second_end[None, :])
-    sides = np.clip(end - start, 0, None)  # of the intersection
+    sides = np.clip(end - start, 0, None)
     intersection: Floats = sides[:, :, 0] * sides[:, :, 1]
     first_area = areas(first)[:, None]
     union = first_area + areas(second)[None, :] - intersection
+    whole_area = union
     if is_crowd is not None:
-        union = np.where(is_crowd[None, :], first_area, union)
-    share: Floats = np.zeros_like(intersection)
-    np.divide(intersection, union, out=share, where=intersection > 0)
-    return share
+        whole_area = np.where(is_crowd[None, :], first_area, union)
+    overlap: Floats = np.zeros_like(intersection)
+    np.divide(intersection, whole_area, out=overlap, where=intersection > 0)
+    return overlap
 
 
 def require_box(box: Sequence[float], location: str) -> None:
     """Raise DataError if a side is negative, or if an edge is too far away for a picture."""
     is_far = max(abs(edge) for edge in box) > LARGEST_EDGE
-    if is_far or min(box[2:]) < 0:
+    _, _, width, height = box
+    if is_far or min(width, height) < 0:
         raise DataError(
             f"{location}: a box is left, top, width and height in pixels, up to {LARGEST_EDGE:g}, "
             f"and no side is negative. Got {list(box)} instead."

@@ -1,7 +1,8 @@
 """Language models' answers, from completions in OpenAI's format with log-probabilities.
 
-vLLM and other servers write this format. A batch run puts each completion into a line with a
-``custom_id``. Both kinds of lines are read, with chat completions or with plain completions.
+vLLM and other servers write this format. A line of a file holds a completion, or the result of a
+batch request: a ``custom_id`` and a completion. A completion is a chat completion or a plain
+completion. All of these are read.
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ def completion_answers(
         >>> columns["answer"], columns["correct"], columns["score_mean_logprob"]
         (['cat'], [1], [-0.3])
     """
-    return Converted(_table_columns(_read_rows(Path(path)), truth))
+    rows = _read_rows(Path(path))
+    columns = _table_columns(rows, truth)
+    return Converted(columns)
 
 
 def _table_columns(rows: Mapping[str, Row], truth: Mapping[str, str] | None) -> Columns:
@@ -248,9 +251,9 @@ def _parse_sample(choice: CompletionChoice, location: str) -> CompletionSample:
             f"{location} must have choices with a text, or with a message that has content. Calls "
             "of tools, refusals and parts of a stream have none; remove the line."
         )
-    text = answer.strip()
     logprobs = _token_logprobs(choice, location)
-    return CompletionSample(text, logprobs, choice.finish_reason == "length")
+    is_cut_off = choice.finish_reason == "length"
+    return CompletionSample(answer.strip(), logprobs, is_cut_off)
 
 
 def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
@@ -264,6 +267,7 @@ def _token_logprobs(choice: CompletionChoice, location: str) -> list[float]:
                 f"{location} has a token without a log-probability, as the first token of a "
                 "prompt. Ask without echo, so that only the answer has log-probabilities."
             )
+        # there is no None here, but a type checker does not know this
         logprobs = [logprob for logprob in logprobs_field.token_logprobs if logprob is not None]
     else:
         raise DataError(

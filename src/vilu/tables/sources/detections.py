@@ -49,7 +49,8 @@ class CocoBox(CocoEntry):
     @classmethod
     def _require_sides(cls, bbox: list[float]) -> list[float]:
         """Refuse a negative width or height."""
-        if min(bbox[2:]) < 0:
+        _, _, width, height = bbox
+        if min(width, height) < 0:
             raise ValueError("bbox is left, top, width and height, and no side is negative")
         return bbox
 
@@ -103,8 +104,8 @@ class Objects:
     Attributes:
         boxes: (M, 4) left edge, top edge, width and height.
         is_crowd: (M,) whether the box is around a crowd. A crowd may have any number of detections.
-        is_ignored: (M,) whether a detection of the object does not count as right or wrong. True
-            for every crowd.
+        is_ignored: (M,) whether a detection of the object counts neither as right nor as wrong.
+            True for every crowd.
     """
 
     boxes: Floats
@@ -130,9 +131,9 @@ def detection_answers(
     detections per image and category.
 
     The columns are ``id`` (the detection's number in ``results``, from 0), ``answer`` (category
-    name), ``correct``, ``score_confidence``, the box's ``area`` and ``flatness`` (width / (width +
-    height)), ``n_detections`` in the image, ``largest_overlap`` with another detection
-    in the same image and category, ``group`` (the category) and ``cluster`` (the image).
+    name), ``correct``, ``score_confidence``, ``area`` and ``flatness`` of the box (flatness is
+    width / (width + height)), ``n_detections`` in the image, ``largest_overlap`` with another
+    detection in the same image and category, ``group`` (the category) and ``cluster`` (the image).
 
     Args:
         results: JSON list of detections with ``image_id``, ``category_id``, ``bbox`` and ``score``.
@@ -140,8 +141,8 @@ def detection_answers(
         min_iou: Least overlap for a right detection.
 
     Returns:
-        The table. ``n_wanted`` counts the objects that are no crowds and are not ignored.
-        ``n_missed`` counts the objects among these that no detection took.
+        The table. ``n_wanted`` counts the objects that are neither crowds nor ignored. ``n_missed``
+        counts how many of these objects no detection took.
 
     Raises:
         DataError: If a file is no JSON in this format, or if there are no detections. Also if a
@@ -168,15 +169,18 @@ def detection_answers(
     truth = _read_coco(Path(annotations), TypeAdapter(Annotations))
     detections = _read_coco(Path(results), TypeAdapter(list[Detection]))
     names = {category.id: category.name for category in truth.categories}
-    _require_known_ids(detections, names, {image.id for image in truth.images}, results)
+    image_ids = {image.id for image in truth.images}
+    _require_known_ids(detections, names, image_ids, results)
     objects_of_match_key = {}
     n_wanted = 0
-    for match_key, object_indices in _indices_by_match_key(truth.annotations, annotations).items():
-        objects = _make_objects([truth.annotations[index] for index in object_indices])
+    object_indices = _indices_by_match_key(truth.annotations, annotations)
+    for match_key, indices in object_indices.items():
+        objects = _make_objects([truth.annotations[index] for index in indices])
         objects_of_match_key[match_key] = objects
         n_wanted += int((~objects.is_ignored).sum())
     columns = _columns(detections, names)
-    for match_key, indices in _indices_by_match_key(detections, results).items():
+    detection_indices = _indices_by_match_key(detections, results)
+    for match_key, indices in detection_indices.items():
         boxes = as_boxes([detections[index].bbox for index in indices])
         scores = np.array([detections[index].score for index in indices])
         objects = objects_of_match_key.get(match_key, NO_OBJECTS)
@@ -198,14 +202,14 @@ def match_detections(
     the order of falling scores. ``boxes`` (N, 4) and ``scores`` (N,) belong to the detections.
     """
     overlap = overlaps(boxes, objects.boxes, objects.is_crowd)
-    # As in pycocotools: if min_iou is 1, an overlap of 1 after rounding down has to be enough.
+    # As in pycocotools: if min_iou is 1, an overlap of 1 is enough even if rounded down.
     overlaps_enough = overlap >= min(min_iou, 1 - 1e-10)
     is_free = np.ones(len(objects.boxes), dtype=bool)
     correct: list[int | None] = [0] * len(boxes)
     order = np.argsort(-scores, kind="stable")
     for detection in order.tolist():
-        # First choice: an object that is not ignored. Then the detection is right (1). Second
-        # choice: an ignored object. Then the result is None.
+        # The first choice is an object that is not ignored. With such an object the detection is
+        # right: 1. The second choice is an ignored object, with the result None.
         for is_ignored, result in ((False, 1), (True, None)):
             can_be_taken = overlaps_enough[detection] & is_free & (objects.is_ignored == is_ignored)
             if can_be_taken.any():
@@ -217,9 +221,9 @@ def match_detections(
 
 
 def _last_argmax(numbers: Floats, mask: NDArray[np.bool_]) -> int:
-    """Return the index of the largest number in a mask, the last one if several are equal.
+    """Return the index of the largest of the numbers where ``mask`` is True.
 
-    As in pycocotools.
+    If several numbers are largest, the index is the last, as in pycocotools.
     """
     largest = numbers[mask].max()
     indices_of_largest = np.flatnonzero(mask & (numbers == largest))

@@ -14,6 +14,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.tables.sources.converted import Columns, Converted
 
 WHOLE_NUMBER_PATTERN = re.compile(r"-?[0-9]{1,18}")
+"""A whole number such as 12 or -1. Every number with at most 18 digits fits into an int64."""
 
 BLOCK_ROWS = 4_096
 """Number of rows in a block. Probabilities are computed block by block."""
@@ -28,18 +29,18 @@ def logit_answers(
 ) -> Converted:
     """Make a table of a classifier's answers from logits (N, K), one row per picture or text.
 
-    The answer is the class with the largest logit. If several logits are largest, the answer is the
-    first class of these. With p = softmax(logits), the columns are ``id``, ``answer``, ``correct``,
-    ``score_softmax`` (largest p), ``score_margin`` (largest p minus the second largest),
-    ``uncertainty_entropy`` (entropy of p in nats) and ``score_logit`` (the largest logit).
+    The answer is the class with the largest logit, the first class if several have this logit. With
+    p = softmax(logits), the columns are ``id``, ``answer``, ``correct``, ``score_softmax`` (largest
+    p), ``score_margin`` (largest p minus the second largest), ``uncertainty_entropy`` (entropy of p
+    in nats) and ``score_logit`` (the largest logit).
 
     Args:
         logits: (N, K) finite numbers, K at least 2. Logarithms of probabilities are logits, too.
         target: (N,) each row's true class, as a number from 0 or as a name. -1 or "" if the true
             class is not known. -2 (``vilu.OUTSIDE``) if the row belongs to no class. Then every
             answer is wrong.
-        class_names: K class names. [0 to K - 1]
-        ids: N row identifiers. [0 to N - 1]
+        class_names: K class names. By default the numbers 0 to K - 1.
+        ids: N row identifiers. By default the numbers 0 to N - 1.
 
     Raises:
         DataError: If an argument has another shape, a logit is not finite, or a target is no class.
@@ -54,7 +55,8 @@ def logit_answers(
         [0.6, 0.2]
     """
     logit_rows = np.asarray(logits)
-    if logit_rows.ndim != 2 or logit_rows.shape[1] < 2 or logit_rows.dtype.kind not in "fiu":
+    is_real = logit_rows.dtype.kind in "fiu"  # floating point, signed or unsigned
+    if logit_rows.ndim != 2 or logit_rows.shape[1] < 2 or not is_real:
         raise DataError(
             "logits must be numbers (N, K) with at least two classes. Got "
             f"{logit_rows.dtype} of shape {logit_rows.shape} instead."
@@ -70,7 +72,8 @@ def logit_answers(
         "correct": [None] * n,
     }
     if target is not None:
-        columns["correct"] = _is_right_per_row(answer, _class_numbers(target, names), n_classes)
+        labels = _class_numbers(target, names)
+        columns["correct"] = _correct_cells(answer, labels, n_classes)
     for start in range(0, n, BLOCK_ROWS):
         block = np.asarray(logit_rows[start : start + BLOCK_ROWS], dtype=np.float64)
         _require_finite(block, start)
@@ -111,7 +114,8 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     numbers, the texts are read as numbers.
     """
     labels = np.asarray(target)
-    if labels.dtype.kind != "U":
+    is_text = labels.dtype.kind == "U"
+    if not is_text:
         return labels
     texts = labels.tolist()
     number_of_name = {name: number for number, name in enumerate(names)} | {"": UNKNOWN}
@@ -128,9 +132,13 @@ def _class_numbers(target: ArrayLike, names: Sequence[str]) -> Ints:
     return np.array([number_of_name[text] for text in texts], dtype=np.int64)
 
 
-def _is_right_per_row(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
-    """Return whether each answer is right: 1, 0, or None where the true class is not known."""
-    if labels.shape != answer.shape or labels.dtype.kind not in "iu":
+def _correct_cells(answer: Ints, labels: Ints, n_classes: int) -> list[int | None]:
+    """Return the cells of ``correct``: 1 (right), 0 (wrong), or None if the class is not known.
+
+    ``labels`` (N,) has each row's true class, or -1 or -2 as in ``logit_answers``.
+    """
+    is_whole = labels.dtype.kind in "iu"  # signed or unsigned
+    if labels.shape != answer.shape or not is_whole:
         raise DataError(
             f"target must have one whole number per row ({len(answer)}). Got {labels.dtype} of "
             f"shape {labels.shape} instead."

@@ -198,7 +198,7 @@ def _read_pages(file: Path) -> Pages:
     for number, cells in _read_rows(file):
         location = f"{file} line {number}"
         numbers = _row_numbers(cells, location)
-        name = file.stem
+        name = file.stem  # page 1 is called like the file
         if numbers["page_num"] != 1:
             name = f"{file.stem}#{numbers['page_num']:.0f}"
         words = pages.setdefault(name, [])
@@ -227,8 +227,9 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     f"{', '.join(missing_columns)}. Make it with: tesseract PAGE.png PAGE tsv"
                 )
             for cells in table:
+                # a missing cell is None, and the key None holds the cells beyond the header
                 has_too_few_cells = None in cells.values()
-                has_too_many_cells = None in cells  # the key of the cells beyond the header
+                has_too_many_cells = None in cells
                 if has_too_few_cells or has_too_many_cells:
                     raise DataError(
                         f"{file} line {table.line_num} must have {len(table.fieldnames or ())} "
@@ -275,6 +276,7 @@ def _page_columns(
     words in small letters.
     """
     texts = [word.text for word in words]
+    _, _, widths, heights = zip(*[word.box for word in words], strict=True)
     n_words = len(words)
     columns: Columns = {
         "id": [f"{page}/{number}" for number in range(1, n_words + 1)],
@@ -286,8 +288,8 @@ def _page_columns(
         "share_of_digits": [_count_characters(str.isdigit, text) / len(text) for text in texts],
         "capital": [int(text[0].isupper()) for text in texts],
         "n_marks": [len(text) - _count_characters(str.isalnum, text) for text in texts],
-        "height": [word.box[3] for word in words],
-        "character_width": [word.box[2] / len(word.text) for word in words],
+        "height": list(heights),
+        "character_width": [width / len(text) for width, text in zip(widths, texts, strict=True)],
         "n_words": [n_words] * n_words,
         "cluster": [page] * n_words,
     }
