@@ -95,12 +95,16 @@ def browser() -> Iterator[Any]:
 def few(values: Iterable[object], n: int) -> list[object]:
     """Return parameters whose first ``n`` are in every test run.
 
-    The others run in `make test-slow`.
+    The others run in `make test-slow`. A tuple has the values of several arguments.
     """
-    return [
-        value if i < n else pytest.param(value, marks=pytest.mark.slow)
-        for i, value in enumerate(values)
-    ]
+    parameters: list[object] = []
+    for i, value in enumerate(values):
+        if i < n:
+            parameters.append(value)
+            continue
+        arguments = value if isinstance(value, tuple) else (value,)
+        parameters.append(pytest.param(*arguments, marks=pytest.mark.slow))
+    return parameters
 
 
 def toy_embeddings(

@@ -30,7 +30,7 @@ with locked(Path(sys.argv[1]), activity="scoring into"):
 def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
     with locked(tmp_path, activity="scoring into"):
         assert (tmp_path / HOLDER).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
-    assert os.listdir(tmp_path) == [LOCK_FILE]  # noqa: PTH208
+    assert HOLDER not in os.listdir(tmp_path)  # noqa: PTH208 - the lock itself may stay
 
 
 def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
@@ -69,7 +69,7 @@ def test_the_lock_of_another_machine_is_worth_a_line(
         f"{tmp_path / HOLDER} names process 12 of elsewhere. "
         "Either it died there, or it is scoring into" in said
     )
-    assert os.listdir(tmp_path) == [LOCK_FILE]  # noqa: PTH208
+    assert HOLDER not in os.listdir(tmp_path)  # noqa: PTH208 - the lock itself may stay
 
 
 @pytest.mark.parametrize("content", [b"4711\nhost\n", b"\xff\xfe junk", b"x" * 5000])

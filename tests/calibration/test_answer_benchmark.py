@@ -49,6 +49,7 @@ def test_one_label_a_class_leaves_equal_weights() -> None:
     assert (weights.mix, *weights.pool) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_up_again_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vilu
+from tests.conftest import few
 from vilu.calibration.anytime import log_evidence
 from vilu.calibration.cluster_bets import LabelledRows, ratio_threshold
 from vilu.calibration.clusters import (
@@ -399,7 +400,7 @@ def test_warning_says_what_correlated_rows_are_worth() -> None:
 # --- simulated ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rho", benchmark.CORRELATIONS)
+@pytest.mark.parametrize("rho", few(benchmark.CORRELATIONS, 2))
 def test_simulated_guarantees_hold_for_every_correlation(rho: float) -> None:
     # The benchmark has 500 calibrations. Here are 60. If a guarantee is broken in 5 % of all draws,
     # more than 9 broken ones among 60 have a probability of 0.1 %.

@@ -394,6 +394,7 @@ def test_its_score_is_exported(answer: str, tmp_path: Path, parts: tuple) -> Non
     assert export_onnx(model, tmp_path / "head.onnx") < 1e-4
 
 
+@pytest.mark.slow
 def test_a_model_without_a_name_is_exported(tmp_path: Path, parts: tuple) -> None:
     """No variable holds the model, so the export alone keeps its folder."""
     pytest.importorskip("onnxscript")

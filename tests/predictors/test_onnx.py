@@ -83,7 +83,7 @@ def test_the_check_says_nothing_of_its_own_random_rows() -> None:
         reference_scores(predictor, next(trial_inputs(predictor, ((9, 5),))))
 
 
-@pytest.mark.parametrize("name", few(PREDICTORS, 2))
+@pytest.mark.parametrize("name", few(PREDICTORS, 1))
 @pytest.mark.filterwarnings("ignore:.*was fitted on other candidates")
 def test_onnxruntime_says_what_the_predictor_says(
     name: str, tmp_path: Path, test: Embeddings

@@ -23,6 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tests.builders.photo_folders import KINDS, photo
+from tests.conftest import few
 from tests.service.conftest import Running, hosted, served
 from vilu.calibration.calibration import Calibration
 from vilu.errors import DataError, StorageError, UsageError
@@ -179,7 +180,7 @@ def apart(
         yield running
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", few(BODIES, 4))
 def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
     """While long bodies arrive, every question from a third process must be answered soon.
 

@@ -26,6 +26,7 @@ import torch
 from tests.builders.photo_folders import KINDS, photo
 from tests.builders.store_fakes import NAMES, FakeBackbone, picture
 from tests.command import PYTHONPATH, command, command_line
+from tests.conftest import few
 from tests.faults.bed import FRAME, plugged
 from tests.service.conftest import Running, hosted, served
 from tests.service.test_bad_company import MB, connected, monitored
@@ -103,7 +104,7 @@ def memory(process: int, name: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns what is freed")
-@pytest.mark.parametrize(("seconds", "returned"), [(0.5, True), (600, False)])
+@pytest.mark.parametrize(("seconds", "returned"), few([(0.5, True), (600, False)], 1))
 def test_a_service_returns_the_memory_of_its_largest_moment(
     predictors: tuple[Path, Path],
     tmp_path: Path,
