@@ -43,18 +43,19 @@ exact test for a single look needs 59.
 """
 
 N_THRESHOLDS_UP_TO_LIMIT: Final = 64
-"""Number of thresholds in a grid up to the uncertainty limit for labelling.
+"""Number of thresholds in a grid up to the first uncertainty limit for labelling.
 
-Only rows with an uncertainty up to this limit are labelled.
+Only rows with an uncertainty up to the limit are labelled. ``vilu triage`` may raise the limit
+later, but never changes the grid.
 """
 
 SEQUENCE_STARTS: Final = ((40, 0.3), (N_THRESHOLDS_UP_TO_LIMIT, 0.7))
 """For every sequence of thresholds: number of the first threshold, and the share of the level.
 
 Thresholds are numbered from 1. The thresholds 1 to ``N_THRESHOLDS_UP_TO_LIMIT`` divide the rows up
-to the limit into equal parts. So threshold ``N_THRESHOLDS_UP_TO_LIMIT`` accepts all rows up to the
-limit, and its test uses all labels. Therefore the sequence that starts there gets the largest
-share.
+to the first limit into equal parts. So threshold ``N_THRESHOLDS_UP_TO_LIMIT`` accepts all rows up
+to this limit, and its test uses all labels until the limit is raised. Therefore the sequence that
+starts there gets the largest share.
 """
 
 GROWTH_BEYOND_LIMIT: Final = 1.02
@@ -160,9 +161,10 @@ def threshold_grid(uncertainty: Floats, limit: float) -> Floats:
 
 
 def n_accepted_relative_to_limit(n_thresholds: int) -> Floats:
-    """Return each threshold's number of accepted rows (G,), divided by the number up to the limit.
+    """Return each threshold's number of accepted rows (G,), relative to the first limit.
 
-    The thresholds are those of ``threshold_grid``. The quotients are not rounded to whole rows, so
+    The number is divided by the number of rows up to the limit given to ``threshold_grid``, which
+    chose the thresholds. The quotients are not rounded to whole rows, so
     they depend only on the number of thresholds.
     """
     threshold_number = np.arange(1, n_thresholds + 1)

@@ -148,7 +148,7 @@ class Calibration(Document):
             DataError: If there is no calibration, if the file is damaged, or if the rule does not
                 follow from the calibration rows.
             ProvenanceError: If the calibration was made for another predictor or with another
-                schema. Also if the rule is by the cluster test of vilu 0.2.0, which was not valid.
+                schema. Also if the rule is by a cluster test of vilu 0.2.0 that was not valid.
 
         Examples:
             >>> import tempfile, vilu
@@ -332,9 +332,9 @@ class Calibration(Document):
 
         Args:
             outcomes: The predictor's scores for N rows.
-            ood: Mask (N,). A row is in the mask if "the picture is outside all classes" is more
-                probable than "the answer is wrong". If such a row has an uncertainty above the
-                threshold, the reason is "outside".
+            ood: Mask (N,). In a row in the mask, a picture outside all classes is more probable
+                than a wrong answer about a picture within the classes. If such a row has an
+                uncertainty above the threshold, the reason is "outside".
 
         Examples:
             >>> import numpy as np, tempfile, vilu

@@ -430,7 +430,7 @@ class ClosedSetTests:
         """Return whether more labels would certify a threshold, at the same error rates.
 
         Args:
-            n_wrong: (G,) number of wrong answers among the drawn photos, for each threshold.
+            n_wrong: (G,) number of wrong answers among the accepted drawn photos.
             n_drawn: (G,) number of accepted drawn photos, for each threshold.
             n_more: Number of additional labels, for photos up to the limit.
         """

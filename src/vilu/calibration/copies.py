@@ -164,7 +164,7 @@ def _count_copies(nearest_cosine: Tensor, cosine: float, sample: FitSample) -> C
 
 
 def _has_too_many_copies(copies: Copies, sample: FitSample) -> bool:
-    """Return whether over 1 % of the rows are copies, and clearly more than in ``sample``.
+    """Return whether over 1 % of the rows are copies, and clearly more than within the fit.
 
     ``sample`` is the sample of fitted rows.
     """

@@ -239,7 +239,7 @@ def _calibrate_in_folds(
     labelled_uncertainty = uncertainty[is_labelled]
     labelled_failure = failure[is_labelled]
     rng = np.random.default_rng(0)
-    # random folds, equal in size except for one row
+    # random folds, with sizes that differ by at most one row
     fold_of_label = rng.permutation(len(labelled_uncertainty)) % N_FOLDS
     of_labelled = np.empty(len(labelled_uncertainty))
     of_all_rows = np.zeros(len(uncertainty))

@@ -54,12 +54,12 @@ class LabelSets(FrozenModel):
 
     Sources: Sadinle et al. (2019), least ambiguous sets. Romano et al. (2020), adaptive sets. In
     these papers the last label of a set is included at random. Here the last label is always
-    included. So a set depends on the row alone. The posterior q is our own.
+    included, so a set depends on the row alone. Only vilu makes the posterior q in this way.
     """
 
     method: SetMethod  # "lac" or "aps"
     max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
-    limit: float = Field(ge=0, le=2)  # c, in [0, 1], though rounding may exceed 1 a little
+    limit: float = Field(ge=0, le=2)  # c. It is at most 1, and rounding may add a little
     n: int = Field(ge=1)  # number of calibration rows
     mean_size: float = Field(ge=0)  # mean size of the sets for the calibration rows
     empirical_miss: float = Field(ge=0, le=1)  # share of these sets without the right label

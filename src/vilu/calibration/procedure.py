@@ -80,8 +80,8 @@ def calibrate_predictor(
 
     With ``drawn_below``, the rows are a random sample of the rows with an uncertainty up to this
     limit, such as a draw by ``vilu next --for-guarantee``. The limit must not depend on the rows
-    that could be drawn. Only thresholds up to the limit are tested. The probabilities of the
-    predictor are not calibrated, because rows up to the limit show nothing about rows beyond it.
+    that could be drawn. Only thresholds up to the limit are tested. The predictor's scores stay the
+    failure probabilities, because rows up to the limit show nothing about rows beyond it.
 
     Warns:
         UserWarning: If some rows were used in the fit. These rows are left out.

@@ -273,8 +273,9 @@ class Rule(FrozenModel):
     ) -> NDArray[np.bool_]:
         """Return the mask (N,) of accepted answers, False for answers without an uncertainty (NaN).
 
-        With the risk "majority" the mask is True in all rows of an accepted cluster. Its majority
-        answer is then accepted (``vilu.calibration.clusters.majority_outcomes``).
+        With the risk "majority" the mask is True in all scored rows of an accepted cluster. The
+        accepted answer is then the cluster's majority answer, not each row's own
+        (``vilu.calibration.clusters.majority_outcomes``).
 
         Args:
             uncertainty: Uncertainties (N,) from the predictor that scored the calibration rows. If

@@ -187,13 +187,13 @@ def _count_text(split: Count) -> str:
     the listed number is not repeated.
     """
     n_published = split.expected
-    n_expected = n_published if split.listed is None else split.listed
+    n_after_slash = n_published if split.listed is None else split.listed
     counts = "?"
     if split.found is not None:
         counts = f"{split.found:,}"
-    if n_expected is not None:
-        counts = f"{counts}/{n_expected:,}"
-    if n_published is None or n_published == n_expected:
+    if n_after_slash is not None:
+        counts = f"{counts}/{n_after_slash:,}"
+    if n_published is None or n_published == n_after_slash:
         return counts
     return f"{counts} (published {n_published:,})"
 

@@ -197,9 +197,9 @@ DEMO_ENTRIES = (
 
 
 def claim_output(output: Path, key: str, *, overwrite: bool) -> None:
-    """Raise UsageError if the folder is in use by other files, or by a demo with another key.
+    """Raise UsageError if the folder has files but no demo, or a finished demo with another key.
 
-    With ``overwrite``, a demo with another key is no error.
+    With ``overwrite``, another key is no error, but other files beside the demo are.
     """
     caches = (output / "cache").glob("*")
     # the folder of a cache is named by the demo's key, a digest
@@ -263,9 +263,10 @@ RUDE_PHOTOS = frozenset({"hat/e4bee2e0-0ccb-4a3a-af3b-5d02a6456e92.jpg"})
 
 def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
     """Decode the test photos with the smallest and with the largest uncertainties."""
-    presentable_rows = np.flatnonzero([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
-    order = np.argsort(outcomes.uncertainty[presentable_rows], kind="stable")
-    rows_by_trust = presentable_rows[order]
+    is_presentable = np.array([key not in RUDE_PHOTOS for key in outcomes.ids or ()])
+    rows_by_uncertainty = np.argsort(outcomes.uncertainty, kind="stable")
+    is_candidate = is_presentable[rows_by_uncertainty]
+    rows_by_trust = rows_by_uncertainty[is_candidate]
     rows_by_doubt = rows_by_trust[::-1]
     dataset = open_dataset(photos, split="test")
     read_of_key = {record.key: record.read for record in dataset.records(0, len(dataset))}

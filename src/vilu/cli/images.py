@@ -329,7 +329,7 @@ def _is_compact(backbone: str) -> bool:
 
 
 def templates_of(texts: list[str] | None) -> tuple[str, ...] | None:
-    """Return the templates from the flags. A flag is a template, or names several templates.
+    """Return the templates from the flags. A flag is a template, or names a set of templates.
 
     Return None if there is no flag.
     """

@@ -117,7 +117,7 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     answer: Annotated[
         Literal["zero_shot", "adapted"] | None,
         Option(
-            help="The answer that is judged. zero_shot: the candidate of the largest logit. "
+            help="The answer that is judged. zero_shot: the candidate with the largest logit. "
             "adapted: the likeliest candidate of the method's own posterior."
         ),
     ] = None,

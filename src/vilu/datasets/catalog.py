@@ -240,7 +240,7 @@ def _source_error(path: Path) -> UsageError | DataError:
 
 
 def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
-    """Open tar files. Raise an error for options that tar files lack, and for unreadable files."""
+    """Open tar files. Raise an error for options that do not fit, and for unreadable files."""
     if selection.split is not None:
         raise UsageError(
             f"{source} has no splits. "

@@ -650,7 +650,7 @@ class PathTable(_ImagesOfTable):
         """Return a text that says where files are allowed, and proposes a ``--root``.
 
         ``forbidden_positions`` are the positions of the files outside the allowed places. The
-        proposed ``--root`` holds all these files.
+        proposed ``--root`` holds all these files. "/" is not proposed.
         """
         folders: list[str] = []
         for position in forbidden_positions:

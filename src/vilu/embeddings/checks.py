@@ -101,9 +101,9 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, keep_direction: bool = T
 
 
 def _scale_into_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
-    """Scale the rows in an array (N, D) that hold numbers too large or too small for float32.
+    """Scale the rows of an array (N, D) whose largest number is too large or small for float32.
 
-    Scaling keeps a row's direction. A warning is given.
+    Scaling keeps a row's direction. A warning is given if a row is scaled.
     """
     # largest absolute number in each row
     highest = array.max(axis=1, initial=0)
@@ -239,8 +239,8 @@ def check_targets(
     """Check targets. Return int64 targets (N,), and a mask (N,) of rows outside all classes.
 
     ``values`` are candidate indices or names. An unknown target is -1 or "". A row outside all
-    classes has the target -2 or "(outside)". For such a row, the returned target is -1. So the
-    returned targets are from -1 to K - 1. If ``values`` is None, all targets are unknown.
+    classes has the target -2 or "(outside)". The mask marks such a row, and its returned target is
+    -1. So the returned targets are from -1 to K - 1. If ``values`` is None, all are unknown.
     """
     if values is None:
         unknown_targets = torch.full((n_rows,), UNKNOWN, dtype=torch.int64)

@@ -280,7 +280,8 @@ class PairEmbeddings(PairSource):
             logit_scale=float(logit_scale),
             logit_bias=float(logit_bias),
         )
-        # A row's target is its position in a pool. ``candidates`` returns the batches' targets.
+        # The position in a pool if the rows keep their order. The targets of the batches are from
+        # ``candidates``.
         self.target = torch.arange(len(self.image)) % self.pool_size
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(

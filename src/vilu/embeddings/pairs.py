@@ -469,7 +469,7 @@ class PseudoCaptions(PairSource):
         # The class texts, and for every row an index into these texts. The index is 0 if the row's
         # source has captions.
         self._class_texts, self._text_of_row = class_captions(sources, rows_of_sources)
-        self.target = torch.arange(n_rows) % self.pool_size  # each row's position in a pool
+        self.target = torch.arange(n_rows) % self.pool_size  # as in ``PairEmbeddings``
         if any(isinstance(source.ids, RowNumbers) for source in sources):
             self.ids = RowNumbers(n_rows)
         else:

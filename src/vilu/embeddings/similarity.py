@@ -215,7 +215,7 @@ class RivalWeights:
 
 
 MAX_LOGIT_GAP = 600.0
-"""Largest gap whose exponential is computed: exp(600) is 1e260. At this gap, 1 - p rounds to 1.
+"""Largest gap whose exponential is computed: exp(600) is 4e260. At this gap, 1 - p rounds to 1.
 
 A gap is positive only if another answer is judged than the zero-shot answer.
 """

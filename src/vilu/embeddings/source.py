@@ -473,8 +473,8 @@ class EmbeddingSource(ABC):
         text: (K, D) candidates, if all rows share the candidates.
         cluster: (N,) cluster name of every row. The answers to rows in the same cluster may be
             wrong together. None: no clusters are known.
-        answer_numbers: (N,) answer number of every row, for rows with clusters whose answers are
-            not candidates. Equal answers have equal numbers. None: there are no such numbers.
+        answer_numbers: (N,) answer number of every row, if there are clusters and answers are no
+            candidates. Equal answers have equal numbers. None: there are no such numbers.
         pool_size: Number of rows in a pool. The captions of these rows are the pool's candidates.
             None if all rows share the candidates.
         columns: Names of the available columns (``vilu.embeddings.columns``).
@@ -501,7 +501,7 @@ class EmbeddingSource(ABC):
         [[0, 1], [2]]
     """
 
-    # how to make a source, for messages about an argument that is no source
+    # how to make a source, for messages about an argument of another type
     how_to_make: ClassVar[str] = (
         "embeddings (vilu.Embeddings(image, text, target=target) of arrays, "
         "vilu.open_source(path) of a store) or answers (vilu.open_table(table))"

@@ -636,7 +636,7 @@ def _png_bytes(image: Image.Image) -> bytes:
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded Pillow image to RGB. A mode that files can have is converted as in files."""
+    """Convert a loaded Pillow image to RGB. ``CONVERTIBLE_MODES`` are converted as in files."""
     if image.mode not in CONVERTIBLE_MODES:
         return image.convert("RGB")
     rgb_image, _ = to_rgb(image)

@@ -2,7 +2,7 @@
 
 Resampling is stratified: every resample has as many wrong and as many correct answers as the
 sample. So no metric becomes undefined, and an interval does not cover the uncertainty in the
-frozen model's accuracy.
+frozen model's accuracy, which is not compared. Only ``values_without_strata`` draws without strata.
 
 The rows are sorted once. A resample is a vector of counts over the sorted scores, and a metric is
 computed for a block of resamples at a time. If there are many distinct scores, neighbouring scores
@@ -54,7 +54,7 @@ MAX_RESAMPLED_CELLS = 2**18
 
 
 class Interval(NamedTuple):
-    """A metric's value, and the value's percentile interval.
+    """A metric's value, and the ends of the value's interval.
 
     Examples:
         >>> import vilu
@@ -293,8 +293,8 @@ def bootstrap_intervals(
     else:
         n_units = picture_number.max() + 1  # pictures are resampled
     if n_units > MAX_GROUPS:
-        # Row counts are drawn directly, not rows. The distribution is the same as for counts of
-        # drawn rows, and the time for a draw does not grow with the row count.
+        # Counts are drawn directly, not rows or pictures. The distribution is the same as for
+        # counts of drawn rows or pictures, and the time for a draw does not grow with their number.
         if picture_number is None:
             return intervals_from_counts(kernels, counts, n_resamples, confidence, seed)
         return _intervals_over_pictures(
@@ -690,9 +690,9 @@ def _drawn_differences(
     larger_scores = b if b.cells_per_resample > a.cells_per_resample else a
     with track("bootstrap", n_resamples, "resamples") as task:
         for drawn_members in draw_resamples(larger_scores, n_resamples, seed):
-            counts_a = a.counts(*drawn_members)
-            counts_b = b.counts(*drawn_members)
-            difference = kernel(counts_a) - kernel(counts_b)  # (B,)
+            values_of_a = kernel(a.counts(*drawn_members))  # (B,)
+            values_of_b = kernel(b.counts(*drawn_members))
+            difference = values_of_a - values_of_b
             blocks.append(difference)
             task.advance(len(difference))
     return np.concatenate(blocks)

@@ -173,8 +173,8 @@ class BinnedError:
 
     Therefore the noise is drawn instead of rows:
 
-    1. e_b is drawn from a normal distribution, with the same variance as the mean of
-       (failure - p) 1[row in bin b]. If a calibrated predictor would have a larger variance, the
+    1. e_b is drawn from a normal distribution with mean 0, and with the same variance as the mean
+       of (failure - p) 1[row in bin b]. If a calibrated predictor would have a larger variance, the
        larger variance is taken.
     2. A gap is clear if |g_b| is at least two standard errors. The clear gaps are c_b = g_b, and
        c_b = 0 for the bins with an unclear gap.

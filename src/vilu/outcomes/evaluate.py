@@ -461,7 +461,7 @@ def _intervals(
     Metrics on the same rows share the resamples. Metrics on probabilities are left out if there are
     no probabilities.
     """
-    # ``Scores`` are not hashable, so the ``id`` is the key
+    # Metrics on the same rows get the same object from ``rows_for``, so its ``id`` is the key.
     scores_by_id: dict[int, Scores] = {}
     kernels_by_id: dict[int, dict[str, Kernel]] = {}
     for name, metric in metrics.items():

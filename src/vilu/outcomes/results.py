@@ -227,9 +227,9 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        # A group holds the rows to average, for all seeds of a method on a data set. A group's keys
-        # are the rows without the intervals. So if rows differ only in the interval, only the first
-        # row is in the group.
+        # A group holds the rows to average, which share the fields in ``key``. A group's keys are
+        # the rows without the intervals. So if rows differ only in the interval, only the first row
+        # is in the group.
         groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
         for row in self.rows:
             key = (row.method, row.answer, row.dataset, row.split, row.metric, row.convention)
@@ -265,7 +265,7 @@ class ResultTable:
 
     @property
     def _columns(self) -> tuple[str, ...]:
-        """Columns to write. ``RARE_COLUMNS`` are left out if every value is 0 or None."""
+        """Columns to write. A column in ``RARE_COLUMNS`` with only 0 or None is left out."""
         columns = list(COLUMNS)
         for name in RARE_COLUMNS:
             if not any(getattr(row, name) for row in self.rows):

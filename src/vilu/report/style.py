@@ -163,8 +163,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     file_format = path.suffix.removeprefix(".")
     with house_style():
-        left_out_metadata = LEFT_OUT_METADATA.get(path.suffix)
-        figure.savefig(buffer, format=file_format, dpi=DPI, metadata=left_out_metadata)
+        metadata = LEFT_OUT_METADATA.get(path.suffix)  # the value None leaves an entry out
+        figure.savefig(buffer, format=file_format, dpi=DPI, metadata=metadata)
     content = buffer.getvalue()
     if path.suffix == ".svg":
         content = with_dark_colours(content)

@@ -206,7 +206,7 @@ def score_unseen(
 ) -> Outcomes:
     """Score only the rows in the mask ``is_unseen`` (N,), which were not used in the fit.
 
-    Image-caption pools are made from all rows, as if all rows were scored.
+    For image-caption pairs all rows are scored first, because pools are made from all rows.
     """
     _check_data(predictor, data, None)
     origin_fields = _origin_fields(

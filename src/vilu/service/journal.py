@@ -345,7 +345,7 @@ class Journal:
         self._last_seen_row = self._row_file.ends.row_number
 
     def _take_in_labels(self, *, after: int) -> None:
-        """Let the monitor take in the labels with numbers above ``after``, in this order."""
+        """Let the monitor take in the labels with numbers above ``after``, in ascending order."""
         if self.monitor.error_audit is None:
             return
         rows = self._row_file.labels_after(after)

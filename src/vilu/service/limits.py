@@ -133,7 +133,7 @@ class ClientLimits:
     def max_request_seconds(self) -> float:
         """Maximum seconds for a request with images or rows.
 
-        A service that stops waits this long for the requests in progress.
+        A service that stops waits at most this long for the requests in progress.
         """
         return self.upload_seconds + self.answer_seconds + SENDING_SECONDS
 

@@ -235,7 +235,7 @@ def _require_correctable(
 
     A client may repeat a correction that was interrupted after the first journal. Rows that are
     only in the first journal have the new label already. So a row with the new label is no error,
-    as long as another row has the old label.
+    as long as some row still has the old label.
 
     ``labels_of_journals`` has each journal's present labels. All mappings are from row ids to
     labels.

@@ -133,9 +133,10 @@ ENDS_LINE_PATTERN: Final = re.compile(
     rb"(?P<row_number>\d{20}) (?P<row_digest>[0-9a-f]{32}) "
     rb"(?P<label_number>\d{20}) (?P<label_digest>[0-9a-f]{32})\n"
 )
-"""Pattern for the only line in ``ENDS_FILE``: number and digest of the last row, then of the label.
+"""Pattern for the only line in ``ENDS_FILE``.
 
-The groups are the attributes of ``ChainEnds``. With shortened digests, a line looks like
+The line has the number and the digest of the last row, and then those of the last label. The groups
+are the attributes of ``ChainEnds``. With shortened digests, a line looks like
 "00000000000000000012 9f86d0... 00000000000000000003 4bf512...".
 """
 
@@ -201,7 +202,7 @@ class ChainEnds:
     label_digest: bytes
 
     def to_line(self) -> bytes:
-        """Return the line for ``rows.ends``. All such lines have the same length."""
+        """Return the line for ``rows.ends``. All lines have one length, so a write replaces one."""
         row_end = f"{self.row_number:020d} {self.row_digest.hex()}"
         label_end = f"{self.label_number:020d} {self.label_digest.hex()}"
         return f"{row_end} {label_end}\n".encode()

@@ -138,7 +138,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
     The images are embedded in parts. Then the store is sealed: the manifest is written. After a
     kill, the next run embeds the missing parts, and the store gets the same bytes. With V views,
-    memory holds at most (V + 1) ``batch_size`` images, and V + 1 embeddings per image in a part.
+    memory holds about 2 (V + 1) ``batch_size`` images, and V + 1 embeddings per image in a part.
 
     Args:
         dataset: The images.
@@ -168,7 +168,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
     Raises:
         UsageError: If an argument is invalid, or ``output`` is no place for a store.
-        ProvenanceError: If ``output`` holds a store with other inputs, named in the message.
+        ProvenanceError: If ``output`` holds a store with other inputs, named in the message. Also
+            if the model's low precision changes embeddings or answers too much.
         DataError: If the data do not fit the names, too many images failed, or a shard is bad.
         StorageError: If reading or writing a file fails. Finished parts are intact.
         BusyError: If another process embeds into ``output``.
@@ -230,7 +231,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _check_folder(dataset: ImageDataset, root: Path, *, overwrite: bool) -> None:
-    """Raise UsageError if a folder holds anything but a store, or lies among the images."""
+    """Raise UsageError if a folder has files but no store, or lies among the images."""
     StoreLedger.check_folder(root, overwrite=overwrite)
     require_outside_listing(dataset, root)
 

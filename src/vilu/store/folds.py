@@ -22,8 +22,8 @@ from vilu.store.unreadable import convert_damage_errors
 Fold = Literal["train", "validation", "test"]
 
 # Every caption has a fraction in [0, 1) (``fold_of``). A fraction below ``TRAIN_END`` means "train"
-# (60 % of all captions). From there to ``VALIDATION_END`` it means "validation" (10 %), and above
-# it means "test" (30 %).
+# (60 % of all captions). Any other means "validation" (10 %) below ``VALIDATION_END``, or else
+# "test" (30 %).
 TRAIN_END = 0.6
 VALIDATION_END = 0.7
 BLOCK_ROWS = 2**16  # number of captions read at a time

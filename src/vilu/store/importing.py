@@ -80,7 +80,7 @@ ARRAY_NAMES = (
 """Names of the arrays to read. In the source, an array may have a different name."""
 
 SPACE_ARRAYS = frozenset({"logit_scale", "logit_bias"})
-"""Arrays with the numbers that describe the embedding space."""
+"""Arrays with numbers that belong to the embedding space."""
 ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
 """Arrays with an entry for every image row."""
 # NumPy's type kinds, as letters (``dtype.kind``)
@@ -277,8 +277,8 @@ class SourceArrays:
     ) -> Literal["float16", "float32"]:
         """Return the number format of the stored rows: ``user_format`` if given.
 
-        By default, float16 images are stored as float16, all other images as float32. Logits are
-        always stored as float32.
+        By default, float16 images are stored as float16, all other images as float32. With logits,
+        all rows are stored as float32.
         """
         if LOGITS in self.opened_arrays:
             if user_format == "float16":

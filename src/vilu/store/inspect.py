@@ -191,7 +191,7 @@ def _try_to_open(root: Path, run: Run) -> None:
 
 
 def _inspect_part(ledger: StoreLedger, part: Part, report: StoreReport) -> None:
-    """Add a part and the part's damage to the report. Raise an error if the receipt is damaged."""
+    """Add a part and its damage to the report. Raise an error if the part cannot be read."""
     receipt = ledger.receipt(part)
     report.add(receipt)
     if report.deep:

@@ -53,7 +53,7 @@ from vilu.progress import SilentProgress, Task, track
 RUN_FILE_PATTERN = re.compile(
     r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?"
 )
-"""Names of the files that a run writes.
+"""Names of the files that a run writes, except the log.
 
 A receipt's name is digits and ``.json``. The name of a ``Part.attempts_file`` is digits alone.
 """
@@ -63,8 +63,8 @@ PART_FILE_PATTERN = re.compile(
 )
 """Paths of a part's files in a run's folder, such as "img_emb/img_emb_00000.npy".
 
-A file has the folder's name and the part's number. Its name may lack the folder's last "s", as in
-"histograms/histogram_00000.parquet".
+An array's or table's file has the folder's name and the part's number. Its name may lack the
+folder's last "s", as in "histograms/histogram_00000.parquet".
 """
 
 RECEIPTS_FOLDER = "receipts"  # name of the folder with the receipts
@@ -483,8 +483,9 @@ def single_thread_lock() -> Lock:
 def require_hash_once(path: Path, sha256: str, remedy: str, document: str = "its receipt") -> Path:
     """Check a file's hash unless this process has done so before. Return the path.
 
-    A file is hashed again only if the file's device, inode, size or times have changed. Threads may
-    call this function at the same time. The arguments are the same as for ``require_hash``.
+    A file is hashed again only if the file's device, inode, size or times have changed. A later
+    change is noticed only by the next call. Threads may call this function at the same time. The
+    arguments are the same as for ``require_hash``.
     """
     with convert_os_errors(f"cannot read {path}"):
         file_stat = path.stat()

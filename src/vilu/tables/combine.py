@@ -341,7 +341,7 @@ def held_out_log_odds(
             for recipe, log_odds_of_recipe in log_odds.items():
                 if recipe.map_name == map_name:
                     combination = _fit_mapped(direction, maps, mapped_numbers, fit_failure, recipe)
-                    # not ``mapped_numbers``, because ``combination`` applies the maps itself
+                    # these numbers are not mapped, because ``combination`` applies the maps itself
                     log_odds_of_recipe[held_out_mask] = combination(numbers[held_out_mask])
     return log_odds
 

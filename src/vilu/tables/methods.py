@@ -293,14 +293,14 @@ class AnswerScores(AnswerMethod):
     """The best rising combination of number columns, by cross-validation.
 
     Let x_c be column c, multiplied by 1 or -1, so that a higher number means more likely wrong. The
-    map f_c is rising: a straight line, or the rank. With weights w_c >= 0,
+    map f_c is rising: a straight line, or the rank. With weights w_c >= 0 and an intercept b,
 
         P(failure) = sigmoid(sum_c w_c f_c(x_c) + b)
 
     So if a score falls, the uncertainty never falls. A 5-fold cross-validation compares each column
-    alone and all columns together, both maps, and five strengths for a ridge penalty. The
-    combination with the least log-loss is chosen. Its log-odds are calibrated on the held-out folds
-    (Platt). All rows of one cluster are in one fold.
+    alone and all columns together, both maps, and, for all columns together, five strengths for a
+    ridge penalty. The combination with the least log-loss is chosen. Its log-odds are calibrated on
+    the held-out folds (Platt). All rows of one cluster are in one fold.
 
     Examples:
         >>> import numpy as np

@@ -61,7 +61,8 @@ def open_table(
     Args:
         source: A ``.csv`` or ``.parquet`` file, a data frame of pandas or polars, a table of
             pyarrow, or a dictionary with arrays and lists.
-        name: The data set's name. By default the file name without its suffix.
+        name: The data set's name. By default the file name without its suffix, or None without
+            a file.
         clusters: Name of the column for the role ``cluster``, such as "page". This column replaces
             a column ``cluster``. By default "cluster".
 

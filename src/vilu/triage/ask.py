@@ -76,6 +76,7 @@ class StoreDraws:
         split: The rows for fits, and the rows for the guarantee.
         draws: Either one draw for all answers, or a draw for each large answer class and one for
             all small classes together. Draws are planned from the scores alone, without labels.
+            Empty if the predictor gives no probability, or if there is no calibration row.
     """
 
     predictor_fingerprint: str
@@ -352,8 +353,8 @@ def calibrate_by_labels(
     Two kinds of labels count:
 
     - labels on rows that were picked at random ("given")
-    - labels of the rows drawn for a guarantee, in the random order, up to the first row without a
-      label
+    - labels of the calibration rows up to the uncertainty limit: in the random order, all labels
+      before the first row without a label
 
     If labels were requested for several predictors' tests, each predictor has a share of the
     level (``level_of``). So ``files`` must contain the tables of all these predictors.

@@ -154,7 +154,7 @@ def _largest_limit(
 ) -> tuple[float, bool]:
     """Return the largest limit at which ``n`` labels are expected to be enough, and True.
 
-    Without such a limit, return the limit with the least allowed number of photos, and False.
+    If it has too few photos, or there is none, return the smallest allowed limit, and False.
 
     Args:
         uncertainty: (N,) failure probabilities.
@@ -165,7 +165,7 @@ def _largest_limit(
     """
     ascending = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ascending):
-        return -math.inf, False
+        return -math.inf, False  # no photo has a score
     # Every photo's uncertainty is tried as the limit. The expected error rate up to the limit is
     # the mean of the probabilities up to the limit.
     n_up_to_limit = np.arange(1, len(ascending) + 1)

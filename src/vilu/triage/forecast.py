@@ -73,8 +73,9 @@ MakeTests = Callable[[Trial, Floats, float, float], AnyThresholdTests]
 def is_enough_to_fit(trial: Trial, n_fit_labels: int, n_classes: int) -> bool:
     """Return whether the predictor was fitted on enough labels to draw calibration photos.
 
-    With more labels to fit on, a predictor can accept more photos. So a draw waits for labels to
-    fit on, unless a large share of the photos is already up to the uncertainty limit.
+    With more labels to fit on, a predictor can accept more photos. So a draw waits for a required
+    number. It waits longer if only a small share of the photos is up to the uncertainty limit, but
+    at most for ``LABELS_ENOUGH_FOR_DRAW`` labels.
     """
     # one label per class, but not below the minimum and not above the maximum
     n_required = min(max(n_classes, MIN_LABELS_BEFORE_DRAW), MAX_LABELS_BEFORE_DRAW)

@@ -134,7 +134,7 @@ class PhotoSplit:
     def counted_rows(self, uncertainty: Floats, limit: float) -> Ints:
         """Return the calibration rows (M,) up to an uncertainty limit that count for a guarantee.
 
-        In the random order, all rows before the first row without a label count. Rows picked at
+        In the random order, all rows before the first unanswered row count. Rows picked at
         random and labelled without a request count, too.
         """
         # The evidence may stop at any row, so it is valid even if people leave a photo unlabelled.

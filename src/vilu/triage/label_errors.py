@@ -139,7 +139,7 @@ def contact_sheet(errors: LabelErrors, images: ImageDataset, path: Path) -> None
         DataError: If ``images`` has no pictures with the labels' keys.
     """
     n_rows = len(errors.keys)
-    n = min(PICTURES_SHOWN, n_rows // 2)  # so no picture is among the best and the worst
+    n = min(PICTURES_SHOWN, n_rows // 2)  # so no picture is among both the best and the worst
     worst_rows = range(n)
     best_rows = range(n_rows - n, n_rows)
     photos = _photos(errors, [*worst_rows, *best_rows], images)

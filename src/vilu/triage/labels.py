@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from vilu.artifacts.tables import csv_rows, read_table, write_table
 from vilu.datasets.files import matching_text, original_path, portable_name
 from vilu.embeddings.source import warn_once
-from vilu.errors import NO_NAME, DataError, UsageError, did_you_mean
+from vilu.errors import NO_NAME, OUTSIDE_NAME, DataError, UsageError, did_you_mean
 from vilu.text import plural
 
 Stream = Literal["given", "fit", "calibration"]
@@ -270,7 +270,7 @@ class LabelBook:
                 self._set_aside(entry)
 
     def _set_aside(self, entry: Entry) -> None:
-        """Keep an entry under a path that no photo has, because its path belongs to another label.
+        """Keep an entry under a path that no photo has, because its path has another picture.
 
         The new path is, for example, "a.jpg (8a41b0c2)".
         """
@@ -718,6 +718,6 @@ def _unknown_label_error(
     question = did_you_mean(label, known_names)
     return DataError(
         f"{source}: {label!r} (of {photos}) is none of the {n_classes} classes.{question} If the "
-        f"label means none of the classes, give --outside {label!r}. Give the label {SKIPPED} to a "
-        "photo that nobody can name."
+        f"label means none of the classes, write {OUTSIDE_NAME} in its place, or give --outside "
+        f"{label!r} to `vilu triage`. Give the label {SKIPPED} to a photo that nobody can name."
     )

@@ -268,7 +268,7 @@ def _earlier_paths(output: Path, photo_folder: PhotoFolder) -> EarlierPaths:
     for path, picture in PhotoStores(output / EMBEDDINGS_FOLDER).seen_pictures():
         label = label_of_picture.get(picture.hex())
         if label is not None and path not in present_paths:
-            labels[path] = label  # if several pictures had this path, the last picture counts
+            labels[path] = label  # the last labelled picture at this path counts
     return EarlierPaths(requests, labels)
 
 
@@ -310,7 +310,8 @@ def _labelled_pictures(
     """Return the entries in a book that are to be matched by picture, not by path.
 
     An entry is matched by picture if its picture is known, or if no photo in the folder has its
-    path. The list is empty if the file is no book, and for books of version 0.1.0.
+    path. Without a known picture it matches no photo. The list is empty if the file is no book, and
+    for books of version 0.1.0.
 
     ``labels`` are the labels in the file that may be used, as class names. Entries without such a
     label are left out.
@@ -765,8 +766,8 @@ def _larger_risk(forecast: Forecast) -> str:
 def scenes_in_words(result: TriageResult) -> str:
     """Write a text on the guarantee for new scenes, to append to the text on the guarantee.
 
-    The test is repeated with only the first photo in every scene (near copies are a scene). The
-    text is "" if nothing is guaranteed, or if few labelled photos are near copies.
+    Near copies are a scene. The test is repeated with only the first photo in every scene without a
+    photo to fit on. The text is "" if nothing is guaranteed, or if few labelled photos are copies.
     """
     progress = result.progress
     is_first = result.is_first_of_scene

@@ -60,7 +60,7 @@ def _folds(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> NDArr
             len(rows),
             n_pictures,
         )
-    folds_in_turn = np.arange(n_pictures) % FOLDS  # 0, 1, 2, 3, 4, 0, 1, ...: folds of equal size
+    folds_in_turn = np.arange(n_pictures) % FOLDS  # 0, 1, 2, 3, 4, 0, 1, ...: nearly equal folds
     fold_of_picture = np.random.default_rng(seed).permutation(folds_in_turn)
     return fold_of_picture[picture]
 

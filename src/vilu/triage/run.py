@@ -437,7 +437,7 @@ def _withdraw_outdated_guarantee(run: TriageRun) -> None:
 
 
 def _labels_of_pictures(run: TriageRun) -> dict[int, tuple[int, bool]]:
-    """Map every labelled or skipped picture to the label that counts: (class, is outside).
+    """Map the labelled and skipped usable pictures to the labels that count: (class, is outside).
 
     The class is -1 for a picture of no class, and for a skipped picture. Only the picture of no
     class is outside.

@@ -94,8 +94,8 @@ class ReviewSession:
             self.labels, self.streams = read_labels(self.output)
             self.labelled_before = frozenset(self.labels)
             paths = {task.path for task in self.review.tasks}
-            has_no_label_of_task = paths.isdisjoint(self.labels)
-            if self.labels and has_no_label_of_task:
+            are_labels_of_others = paths.isdisjoint(self.labels)
+            if self.labels and are_labels_of_others:
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
 
     def set_label(self, index: object, label: object) -> None:
@@ -378,7 +378,7 @@ class PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
-        # The body of the request may be unread, so no further request can come here.
+        # The body of the request may be unread, so the connection takes no further one.
         self.close_connection = True
         content = json.dumps({"status": int(status), "detail": detail}).encode()
         self._send(status, content, "application/problem+json")

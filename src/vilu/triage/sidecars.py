@@ -64,8 +64,9 @@ def _update_sidecar(sidecar: Path, label: str | None) -> None:
     Raises:
         DataError: If the label cannot be written safely. The message is the reason.
     """
-    is_no_file = sidecar.exists() and not sidecar.is_file()  # for example a folder
-    if sidecar.is_symlink() or is_no_file:
+    # A link is found first, because the file that it leads to may be unreadable.
+    is_link_or_no_file = sidecar.is_symlink() or (sidecar.exists() and not sidecar.is_file())
+    if is_link_or_no_file:
         if label is not None:
             raise DataError("it is a link or no file")
         return

@@ -102,7 +102,7 @@ def _add_entries(book: LabelBook, entries: dict[str, Entry]) -> None:
 
 
 def _add_labels(book: LabelBook, file: Path, paths: Sequence[str], root: Path) -> None:
-    """Add the labels in a file to the book. The file must not be a table from ``vilu next``.
+    """Add the labels in a file to the book. ``_add_entries`` adds a table from ``vilu next``.
 
     ``paths`` are the paths of all rows, and ``root`` is the store's folder.
     """
@@ -162,8 +162,8 @@ def rows_picked_at_random(store: EmbeddingStore, files: Sequence[Path]) -> Embed
     Skipped rows, and rows chosen to fit on, are left out.
 
     Raises:
-        UsageError: If ``vilu next`` drew some labels for a guarantee. Such labels are a random
-            sample only of the rows that could be accepted, not of all rows.
+        UsageError: If ``vilu next`` drew some labels for a guarantee. Such labels are no random
+            sample of all rows, because they were drawn from the rows that could be accepted.
         DataError: In the cases of ``label_store``, or if no row is left.
     """
     photos, book = label_store(store, files)

@@ -119,7 +119,7 @@ class ListedDataset(ListedFiles):
                 for split in splits
             }
         empty_splits = [split for split, count in counts.items() if count == 0]
-        # without a requested split, all splits are taken, and a single empty split is no error
+        # without a requested split, all splits are taken, and some may be empty
         is_requested_split_empty = request.split is not None and len(empty_splits) > 0
         if not self._paths or is_requested_split_empty:
             raise DataError(

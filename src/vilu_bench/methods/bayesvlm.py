@@ -281,9 +281,9 @@ class BayesVLM(FailurePredictor):
 
     The pairs are read in chunks. With captions a chunk is a pool. The loss matches an image with
     all K candidates, and a text with the images in its chunk. A text counts once for each of its
-    images. A class without training images adds nothing to the factors. If this class's psi is
-    orthogonal to psi for all texts with images, the data do not reduce the factor psi^T Ã^(-1) psi
-    in the variance of h.
+    images. A class without training images adds nothing to the factors for Q. If this class's psi
+    is orthogonal to psi for all texts with images, the data do not reduce the factor
+    psi^T Ã^(-1) psi in the variance of h.
 
     There are two kinds of fit, and the method's label names the kind. Data to score must have the
     columns that the fit used.
@@ -534,7 +534,7 @@ def run_last_layer(
 def _largest_distance(g: Tensor, embedding: Tensor) -> float:
     """Compute the largest distance between a normalised output P phi and the row's embedding.
 
-    ``g`` (B, D) are the outputs, not normalised.
+    ``g`` are the outputs, (B, D) or (K, D), not normalised.
     """
     difference = functional.normalize(g, dim=-1) - embedding
     distance = difference.norm(dim=-1)

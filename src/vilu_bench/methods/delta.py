@@ -178,9 +178,9 @@ class DeltaMDS(ClosedSet):
 
     There are two banks: the rightly answered and the wrongly answered training images. For the
     rightly answered images, m_c is the mean in class c, and R is the covariance around these means.
-    For the wrongly answered images, these are n_c and W. Each minimum is over the classes that have
-    images in the bank. For an empty bank the term is zero. cos_(1) and cos_(2) are the two largest
-    cosines with the candidates.
+    For the wrongly answered images, these are n_c and W. Each minimum is over the candidates that
+    have images in the bank. Without such a candidate the term is zero. cos_(1) and cos_(2) are the
+    two largest cosines with the candidates.
 
     If no class in a bank has two different images, the bank uses the covariance within classes over
     all training images. If no class has two different training images at all, the covariance is
@@ -267,9 +267,9 @@ class DeltaMDS(ClosedSet):
         return difference - self.margin_weight * cosine_margin(batch)
 
     def _distance(self, image: Tensor, class_of_candidate: Tensor, bank_name: str) -> Tensor:
-        """Compute squared distances (B,) to the nearest class mean in a bank.
+        """Compute squared distances (B,) to the nearest candidate's class mean in a bank.
 
-        For an empty bank the distances are zero.
+        If no candidate has images in the bank, the distances are zero.
         """
         means = self.tensor(f"{bank_name}_means", image.device)[class_of_candidate]
         counts = self.tensor(f"{bank_name}_counts", image.device)[class_of_candidate]

@@ -97,7 +97,7 @@ class DeepEnsemble(ViLU):
         """Make the ensemble's unfitted heads, each with a different seed."""
         shared_values = {name: getattr(self, name) for name in parameters(ViLU)}
         del shared_values["seed"]
-        first_seed = self.seed * self.members  # so ensembles with different seeds share no seed
+        first_seed = self.seed * self.members  # so ensembles of equal size share no member's seed
         return [ViLU(**shared_values, seed=first_seed + m) for m in range(self.members)]
 
     def _start_notes(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""ICPE: mean between the zero-shot probability and the predicted class's share in the density."""
+"""ICPE: mean of the zero-shot probability and the predicted class's share in the density."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def spherical_covariance(train: Rows) -> Tensor:
     dim = len(scatter_matrix)
     degrees_of_freedom = max(len(one_label) - 1, 1)
     variance = float(scatter_matrix.trace()) / (degrees_of_freedom * dim)
-    if variance <= NEGLIGIBLE_VARIANCE:
+    has_spread = variance > NEGLIGIBLE_VARIANCE  # False also for NaN
+    if not has_spread:
         variance = 1.0
     return torch.eye(dim, dtype=torch.float64) * variance
 

@@ -170,11 +170,11 @@ class KNNDistance(FailurePredictor):
 class TRINE(LabelledBank):
     """TRINE: the predicted class's margin in a weighted vote by the nearest training images.
 
-    The neighbours z_r have the ranks r = 0 ... k-1 and the classes y_r. z_t̂ is the text of the
-    predicted class t̂, and z_{t_{y_r}} is the text of neighbour r's class. Neighbour r has the
-    weight w_r, and class c has the support S_c:
+    The neighbours z_r have the ranks r = 0 ... k-1 and the classes y_r. text_c is the embedding of
+    class c's text, and t̂ is the predicted class. Neighbour r has the weight w_r, and class c has
+    the support S_c:
 
-        w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
+        w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(text_t̂, text_{y_r})) / 2,
         S_c = sum_{r: y_r = c} w_r / sum_r w_r,
         u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
 

@@ -113,10 +113,11 @@ class PVU(NetworkPredictor):
 
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. The paper pretrains on
     ImageNet-21k with 32 passes over 200,000 images. Here the network is fitted to the training
-    rows, by default for 1,400 to 6,000 steps in 10 to 300 epochs. AdamW (learning rate 1e-3, betas
-    0.8 and 0.95, weight decay 1e-4) and the cosine schedule are the paper's. Unit-norm embeddings
-    are multiplied by sqrt(D), so that a coordinate's magnitude is about one. The losses L are
-    float64. In float32, many rows with nearly certain answers would tie.
+    rows, by default for 1,400 to 6,000 steps, but at least 10 and at most 300 epochs. AdamW
+    (learning rate 1e-3, betas 0.8 and 0.95, weight decay 1e-4) and the cosine schedule are the
+    paper's. Unit-norm embeddings are multiplied by sqrt(D), so that a coordinate's magnitude is
+    about one. The losses L are float64. In float32, many rows with nearly certain answers would
+    tie.
 
     Examples:
         >>> import numpy as np, vilu

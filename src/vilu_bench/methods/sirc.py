@@ -35,7 +35,7 @@ class SIRC(FailurePredictor):
     logarithm of the product, so that nothing underflows. S1_max - S1 is computed without
     cancellation.
 
-    The fit uses no labels, but its rows are the labelled rows, as for every fitted method.
+    The fit uses no labels, but its rows are the labelled rows, as for most fitted methods.
 
     Args:
         confidence: S1: "msp" is max_j p_j, "entropy" is -H(p), "doctor" is sum_j p_j^2.

@@ -53,7 +53,8 @@ class FitInputs:
     # or "none" (all rows, without the labels).
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows, or None to take all rows
-    # Seed that divides each data set into training and test rows, or None for undivided data sets.
+    # Seed that divides the data sets with ``fit_share`` into training and test rows. None: no data
+    # set is divided.
     division_seed: int | None = None
     # seed that draws the class halves, or None to take all classes
     halves_seed: int | None = None

@@ -434,7 +434,7 @@ class Config(Section):
         return method.model_copy(update=defaults)
 
     def with_every_method_named(self) -> Config:
-        """Return a copy that lists every method to run, with all its values.
+        """Return a copy that lists every method to run.
 
         Without the list, the methods to run would depend on the installed methods.
         """

@@ -28,7 +28,7 @@ SOURCE_FOLDER = Path(__file__).parents[2]  # folder of the packages vilu and vil
 REGISTRY_MODULES = frozenset({"vilu.predictors", "vilu.registry"})
 """Modules left out of the hash, because they import every method.
 
-A method that gets code through such a module lists the code's own module in ``modules``.
+A method that gets code through such a module lists the code's own module in its ``modules``.
 """
 
 SHARED_MODULES = (
@@ -190,7 +190,8 @@ def _division_facts(
     """
     if seed is None:
         return {}
-    shares = [study_data.config.data[name].fit_share for name in data]
+    settings_of_data = study_data.config.data
+    shares = [settings_of_data[name].fit_share for name in data]
     return {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
 
 

@@ -163,8 +163,8 @@ def bootstrap_metrics(
 
     ``rows_hash`` is the hexadecimal hash of the test rows. This hash seeds the resampling. So all
     cells with the same test rows have the same resamples, for any method and training seed,
-    and differences between methods are paired. An average over training seeds keeps the variance
-    from the test rows.
+    and differences between methods are paired. The choice of test rows gives the values a variance,
+    and an average over training seeds does not reduce this variance.
     """
     scores = SortedScores(uncertainty, failure == 1)
     kernels = {name: METRICS[name].kernel for name in RANKING_METRICS}

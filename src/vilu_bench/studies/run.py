@@ -91,7 +91,7 @@ def run_group(study_data: StudyData, cells: Sequence[Cell], root: Path) -> Itera
 
 
 def refuse_other_classes(study_data: StudyData, cell: Cell) -> Refusal | None:
-    """Return a refusal if a closed-set method meets other candidates than in its fit, or else None.
+    """Return a refusal if a closed-set method meets candidates that its fit lacks, or else None.
 
     Without this check, the method would refuse the candidates only after an expensive fit.
     """
@@ -234,15 +234,15 @@ def limit_to_one_thread(
     import sklearn.linear_model  # noqa: F401
     from threadpoolctl import threadpool_limits
 
-    # At the first call in a thread, torch sets the number of threads without the limit. This call
-    # comes first, because torch would otherwise undo the limit later.
+    # When torch is first used in a thread, it sets the number of threads itself, and so would undo
+    # an earlier limit. This call is the first use, so the limit comes after it.
     torch.get_num_threads()
     limit = threadpool_limits(1, user_api=user_api)
     return cast("AbstractContextManager[object]", limit)
 
 
 StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
-"""Arguments for a ``StudyData``: the benchmark, the stores, and second models' stores."""
+"""Arguments for a ``StudyData``: the benchmark, the first model's stores, and the second's."""
 
 
 class CellRunner:
@@ -481,7 +481,7 @@ class _OpenBenchmark:
         n_missing = len(cells) - len(results)
         if n_missing:
             raise ProvenanceError(
-                f"{n_missing} cells were made from other code or data than this process has read, "
+                f"{n_missing} cells do not fit the code or the data that this process has read, "
                 "because something changed meanwhile. Start it again: only these cells are run."
             )
         bootstrap = cache(partial(load_bootstrap, output))

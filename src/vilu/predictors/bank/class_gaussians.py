@@ -34,7 +34,7 @@ RELATIVE_RIDGE = 1e-9
 Without this addition, a covariance could not be inverted if the embeddings span only a subspace.
 """
 MIN_RIDGE = 1e-11
-"""The ridge is at least this share of the largest mean variance in a covariance.
+"""The ridge is at least this share of the largest of the covariances' mean variances.
 
 A smaller ridge would be lost in rounding.
 """
@@ -171,7 +171,7 @@ class ClassDensity(ClosedSet):
         answer_log_density = answer_log_density_column.squeeze(1)
         # Only classes with training images count. A class without training images has the density
         # of all images. This density would be the largest for every image that differs slightly
-        # from its class.
+        # from its true class.
         log_density_of_seen = log_density.masked_fill(~is_seen, -math.inf)
         # the answer itself does not count
         log_density_of_rivals = log_density_of_seen.scatter(1, answer_column, -math.inf)

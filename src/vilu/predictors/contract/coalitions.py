@@ -168,7 +168,8 @@ class HeadCoalitions(Coalitions):
         member_part = member_part.expand_as(row_terms[IMAGE])  # (B, H)
         missing_part = missing_part.expand_as(background_terms[IMAGE])  # (M, H)
         # the first layers of a block are (b, M, H): choose b so that they fit into memory
-        numbers_per_row = len(missing_part) * member_part.shape[1]  # M H
+        n_background, width = missing_part.shape  # M and H
+        numbers_per_row = n_background * width
         block_rows = max(MAX_TILE_LOGITS // numbers_per_row, 1)
         means = []
         for block in member_part.split(block_rows):

@@ -333,7 +333,8 @@ def _held_out_pool_positions(
     """Return sorted positions (H,) of random rows that fill whole pools.
 
     The rows are whole groups if there are enough groups. If all rows fill at least two pools, a
-    ``fraction`` of the pools is held out, but at least one.
+    ``fraction`` of the pools is held out, but at least one. If no whole groups fill a pool, no row
+    is held out.
     """
     n_pools = n_rows // pool_size
     n_pools_held_out = 0

@@ -161,10 +161,10 @@ class ImageInputs(nn.Module):
 class ClassMatch(NamedTuple):
     """Comparison between K candidates and the training classes.
 
-    ``class_similarity`` is 1 for a training class. For any other candidate, a cosine is computed
-    between the standardised texts of the candidate and its nearest class. ``class_similarity`` is
-    the square of this cosine, or 0 if the cosine is negative. The square is the share of variance
-    that both texts have in common.
+    ``class_similarity`` is 1 for a training class. For any other candidate, the cosines between its
+    standardised text and the standardised texts of all classes are computed. ``class_similarity``
+    is the square of the largest cosine, or 0 if this cosine is negative. The square is the share of
+    variance that both texts have in common.
     """
 
     nearest_class: Tensor  # (K,) int64 index of the training class with the most similar text
@@ -445,7 +445,7 @@ def _set_start(
 class Block(NamedTuple):
     """Some labelled rows in the coordinates of a ``Problem``.
 
-    A (P, Q) and V (K, P), whose rows are the v_j, are the unknowns. The logits are
+    A (P, Q) and V (K, P), with a row for each class, are the unknowns. The logits are
 
         queries @ (initial_keys + text @ A^T + sqrt(1 - rho) V)^T
 
@@ -621,7 +621,7 @@ class Problem:
     def _first_guess(self, warm_start: SupervisedAttention | None) -> Solution:
         """Return the A and V where the search starts.
 
-        For streamed rows with a ``warm_start``, these are its weights. Otherwise they are zero.
+        For streamed rows with a ``warm_start``, they are its learned part. Otherwise they are zero.
         """
         if warm_start is not None and self.whole_block is None:
             scale_column = self.input_scale[:, None]
@@ -688,7 +688,7 @@ class Problem:
         """Add what the gradient for the keys gives to the ``gradient`` for A and V.
 
         The chain rule is applied once if all blocks have the same classes. For captions, it is
-        applied once per pool.
+        applied once per block.
         """
         if text_keys is None:
             return

@@ -57,7 +57,7 @@ class CrossAttention(nn.Module, ABC):
     def forward(
         self, image: Tensor, text: Tensor, logit_scale: float, next_layer: Tensor
     ) -> Tensor:
-        """Compute the average text, multiplied by ``next_layer`` (B, H).
+        """Compute the product (B, H) of the average text with ``next_layer``.
 
         Text t_j has the attention alpha_j from the image. With the value matrix W_V, the average
         text is sum_j alpha_j W_V t_j. The computation is in float32. With many texts, no (B, K)

@@ -40,7 +40,7 @@ MIN_STEPS = 1_400
 MAX_STEPS = 6_000
 """Maximum number of steps in a training run with the default epoch count."""
 FREEZE_STEPS = 1_000
-"""By default, a head's attention is trained only after about this many steps."""
+"""By default, a head's attention is trained after about this many steps, or half of all epochs."""
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: float) -> float:
@@ -147,7 +147,7 @@ def with_zero_shot_answers(rows: Rows, device: torch.device, world: World) -> Ro
     # ``zip`` turns each batch's fields into blocks for each field of ``ZeroShot``
     for blocks_of_field in zip(*answers_of_batches, strict=True):
         field_of_rows = torch.cat(blocks_of_field)
-        # The source has more rows than ``rows``. Every row has an entry, and the others are unused.
+        # Every row of the source gets an entry. Entries of rows outside ``rows`` are not used.
         field_of_source = field_of_rows.new_zeros(len(rows.source))
         filled_field = field_of_source.index_put((rows.index,), field_of_rows)
         fields.append(filled_field)
@@ -178,7 +178,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     pool_size = rows.source.pool_size
     if not pool_size:
         return math.ceil(n_rows / batch_size)
-    # A step trains on a full pool. The rows left over are too few for a pool, and are left out.
+    # A step trains on a full pool. Rows left over are too few for a pool: this epoch omits them.
     n_pools = n_rows // pool_size
     if not n_pools:
         raise DataError(f"training needs at least one pool of {pool_size} rows. Got {n_rows} rows.")
@@ -412,7 +412,7 @@ class HeadTrainer:
 
 
 def warn_of_slow_bfloat16(config: TrainConfig) -> None:
-    """Warn if the processor has no instructions for bfloat16, and must emulate it."""
+    """Warn if training uses bfloat16, and the processor emulates it for lack of instructions."""
     if config.precision != "bf16" or config.device.type != "cpu":
         return
     if torch.backends.cpu.get_cpu_capability() == "AVX2":

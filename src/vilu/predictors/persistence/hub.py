@@ -542,8 +542,8 @@ def _translated_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Turn errors from the hub's library, raised in the block, into vilu errors."""
     from huggingface_hub import errors
 
-    # If a connection fails, the HTTP client raises its own base error. Which client is used depends
-    # on the library's version. The library's HTTP error is derived from the client's base error.
+    # If a connection fails, the HTTP client raises an error of its own base class. Which client is
+    # used depends on the library's version. The library's HTTP error is derived from this class.
     client_errors = [
         base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)
     ]

@@ -292,8 +292,8 @@ class Outside:
 
         Args:
             batch: Rows with the columns ``columns``.
-            classes: For every candidate in the batch, its index among the fitted classes. A
-                candidate that is no fitted class has -1. None means -1 for all candidates.
+            classes: (K,) every candidate's index among the fitted classes. A candidate that is no
+                fitted class has -1. None means -1 for all candidates.
         """
         image = float64(batch.image)
         if not self:  # nothing was learned
@@ -474,7 +474,7 @@ class Margins(NamedTuple):
         )
 
     def regress_on_image(self) -> tuple[Tensor, Tensor]:
-        """Predict the margin from the image by a ridge regression: weights (D,), intercept ().
+        """Fit a ridge regression from the image to the margin: weights (D,) and intercept ().
 
         The centred images are divided by their root mean square norm.
         The margins are divided by their standard deviation. The weights have the prior variance
@@ -793,7 +793,7 @@ def learn_from_examples(train: Rows, outside_rows: Tensor) -> Outside:
         return total_loss
 
     optimizer.step(objective)
-    # The weights belong to standardised inputs. Direction and bias are the same for raw inputs.
+    # The weights are for standardised inputs, but ``direction`` and ``bias`` are for raw inputs.
     direction = weights.detach()[:-1] / scale
     centred_intercept = weights.detach()[-1]
     slope = torch.ones(1, dtype=torch.float64)

@@ -297,7 +297,7 @@ def _largest_risk(coverage: Floats, risk: Floats) -> float:
 
 
 def roc(methods: Sequence[Outcomes], operating_point: OperatingPoint) -> Chart | None:
-    """Chart the share of right answers accepted against the share of wrong answers accepted.
+    """Chart two shares: how many of the right answers, and of the wrong answers, are accepted.
 
     If all answers are right, or all are wrong, return None.
     """

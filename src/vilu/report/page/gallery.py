@@ -126,20 +126,20 @@ def thumbnails(
 
 def find_pictures(images: ImageDataset, wanted_keys: Collection[str]) -> Iterator[ImageRecord]:
     """Yield a data set's images with these keys, each once. Raise DataError if all are missing."""
-    missing_keys = {*wanted_keys}
-    with track("looking for pictures", len(missing_keys), "images") as task:
+    keys_to_find = {*wanted_keys}
+    with track("looking for pictures", len(keys_to_find), "images") as task:
         for record in images.records(0, len(images)):
-            if record.key in missing_keys:
-                missing_keys.remove(record.key)
+            if record.key in keys_to_find:
+                keys_to_find.remove(record.key)
                 yield record
                 task.advance(1)
-            if not missing_keys:
+            if not keys_to_find:
                 return
-    are_all_missing = len(missing_keys) == len(wanted_keys)
-    if missing_keys and are_all_missing:
+    are_all_missing = len(keys_to_find) == len(wanted_keys)
+    if keys_to_find and are_all_missing:
         raise DataError(
             f"{images.source} has none of the images that are shown, such as "
-            f"{min(missing_keys)!r}. Give the data set and the split that were embedded."
+            f"{min(keys_to_find)!r}. Give the data set and the split that were embedded."
         )
 
 

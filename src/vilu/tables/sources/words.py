@@ -98,7 +98,7 @@ def word_answers(
     Args:
         files: One TSV file per picture. The name of a page is the file name without its
             suffix. If a file has several pages, the second page is called ``NAME#2``.
-        truth: Page name -> true words. ``correct`` is empty on other pages.
+        truth: Page name -> true words. ``correct`` is empty on pages that ``truth`` lacks.
         dictionary: Words in small letters. Words are looked up without punctuation at the ends.
 
     Returns:
@@ -270,7 +270,7 @@ def _page_columns(
     correct: list[int | None],
     dictionary: Collection[str],
 ) -> Columns:
-    """Make the table columns for the words on a page.
+    """Make the table columns for the words on a page with at least one word.
 
     ``correct`` is 1 or 0 for every word, and None on a page without true words. ``dictionary`` has
     words in small letters.
