@@ -134,11 +134,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
 ) -> EmbeddingStore | CaptionStore | None:
     """Embed all images in a data set. After an earlier run, embed only the remaining images.
 
-    If the images have captions, the captions are the candidates, and are stored, too.
-
-    The images are embedded in parts. Then the store is sealed: the manifest is written. After a
-    kill, the next run embeds the missing parts, and the store gets the same bytes. With V views,
-    memory holds about 2 (V + 1) ``batch_size`` images, and V + 1 embeddings per image in a part.
+    If the images have captions, the captions are the candidates, and are stored, too. The images
+    are embedded in parts. Then the store is sealed: the manifest is written. After a kill, the next
+    run embeds the missing parts, and the store gets the same bytes. With V views, memory holds
+    about 2 (V + 1) ``batch_size`` images, and V + 1 embeddings per image in a part.
 
     Args:
         dataset: The images.

@@ -362,8 +362,8 @@ class ProbeAndZeroShot(ClassRegression):
 class AddedToZeroShot(ClosedSet):
     """A method that adds logits, learned from labelled images, to the zero-shot logits.
 
-    For an image with the zero-shot logits l and the answer t̂, the uncertainty is u = 1 - q_t̂, with
-    q = softmax(l + added).
+    For an image with the zero-shot logits l and the answer t̂, the uncertainty is u = 1 - q_t̂.
+    Here q = softmax(l + added).
     """
 
     is_probability: ClassVar[bool] = True
