@@ -425,11 +425,14 @@ class Bed:
         else:
             require(code == 7, f"ends with {code}, not 7: {said}")
             why = os.strerror(ERRNOS[fault])
-            places = (
-                "is not writable" if fault in {"readonly", "denied"} else why
-            )  # checked before the work begins
+            words_before_the_work = {
+                "nospace": "MiB are free. Make room",
+                "readonly": "is not writable",
+                "denied": "is not writable",
+            }
+            early = words_before_the_work.get(fault, why)
             require(
-                "vilu: error: " in said and (why in said or places in said),
+                "vilu: error: " in said and (why in said or early in said),
                 f"the message does not say {why!r}: {said}",
             )
 

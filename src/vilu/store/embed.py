@@ -59,6 +59,7 @@ from vilu.validation import checked, checked_fields, require_at_least
 
 IMAGES_PER_PART = 4096  # default number of images per part
 SHARDS_PER_PART = 10  # default number of shards per part
+MIB = 2**20  # number of bytes in a MiB
 STORE_SIZE_RATIO = 1.05  # the store's size, at most, as a multiple of the vectors' size
 
 LOCK_WAIT_SECONDS = 600.0
@@ -519,9 +520,13 @@ def require_disk_space(root: Path, run: Run, missing_parts: Sequence[Part]) -> N
     needed_bytes = int(n_rows * row_bytes * STORE_SIZE_RATIO)
     free_bytes = shutil.disk_usage(root).free
     if needed_bytes > free_bytes:
+        # in tenths of a MiB, rounded apart, so that a small need is not "0.0 where 0.0 are free"
+        needed_mib = math.ceil(10 * needed_bytes / MIB) / 10
+        free_mib = math.floor(10 * free_bytes / MIB) / 10
+        advice = "Make room, or store float16." if run.dtype == "float32" else "Make room."
         raise StorageError(
-            f"{n_rows} embeddings need {needed_bytes / 2**20:.1f} MiB in {root}, where "
-            f"{free_bytes / 2**20:.1f} MiB are free. Make room, or store float16."
+            f"{n_rows} embeddings need {needed_mib} MiB in {root}, where {free_mib} MiB are free. "
+            f"{advice}"
         )
 
 

@@ -49,7 +49,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.progress import track
 from vilu.store.arrays import MAX_NAME_CHARACTERS, ArrayFiles, StoredArray, array_to_texts
-from vilu.store.embed import LossBudget, begin_run, make_run, require_disk_space, seal
+from vilu.store.embed import MIB, LossBudget, begin_run, make_run, require_disk_space, seal
 from vilu.store.manifest import IMAGE, ClassColumn, ImageColumn, ImportFacts, Receipt, Run
 from vilu.store.parts import (
     ErrorRow,
@@ -87,7 +87,6 @@ ROW_ARRAYS = ("image", "logits", "target", "answer", "ids", *IMAGE_COLUMNS)
 NUMBER_KINDS = "fiu"  # floats and whole numbers
 WHOLE_KINDS = "iu"  # whole numbers
 TEXT_KINDS = "US"  # texts and bytes
-MIB = 2**20  # number of bytes in a MiB
 MAX_LISTED_NAMES = 10  # maximum number of class names or labels in a message
 MAX_LISTED_KEYS = 20  # maximum number of array names in a message
 

@@ -832,8 +832,9 @@ class FailurePredictor(ABC):
             judged_batch = self.judged(batch)
             with torch.no_grad():
                 scores = self.score_batch(judged_batch)
-            self._require_score_per_row(scores, len(batch.index))
-            yield judged_batch, float64(scores)
+                self._require_score_per_row(scores, len(batch.index))
+                float64_scores = float64(scores)
+            yield judged_batch, float64_scores
 
     def _require_score_per_row(self, scores: object, n_rows: int) -> None:
         """Refuse a result of ``_score`` that is not one number for each row."""
@@ -857,8 +858,8 @@ class FailurePredictor(ABC):
         if not is_intact:
             raise DataError(f"{problem}: its weights are damaged. Fit it again.")
         raise DataError(
-            f"{problem}, and its weights are not the reason. Its _score must return a finite "
-            "number for each row."
+            f"{problem}, although its weights are finite. Its _score must return a finite number "
+            "for each row."
         )
 
     def score_batch(self, batch: Batch) -> Tensor:

@@ -210,8 +210,8 @@ The rounding is the difference between the torch scores in float32 and in float6
 MIN_COSINE_GAP = 1e-4
 """A zero-shot answer is clear if the relative gap between the two largest cosines is above this.
 
-The relative gap is the difference divided by the largest cosine. With a smaller gap, rounding may
-change the zero-shot answer.
+The relative gap is the difference divided by the largest cosine's absolute value. With a smaller
+gap, rounding may change the zero-shot answer.
 """
 
 MIN_POSTERIOR_GAP = 1e-2
@@ -291,9 +291,10 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
         return write_graph(graph, example, OUTPUT_NAMES, facts)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        reason, *_ = str(cause).strip().split("\n")  # the first line
+        first_line, *_ = str(cause).strip().split("\n")
+        reason = first_line.rstrip(".")
         raise NotExportable(
-            f"{predictor.name} cannot be written as ONNX: {reason} Its _score must branch on no "
+            f"{predictor.name} cannot be written as ONNX: {reason}. Its _score must branch on no "
             "values and no sizes, and compute by torch alone."
         ) from error
 

@@ -183,8 +183,8 @@ def saved_method_class(saved_description: dict[str, Any], path: Path) -> type[Fa
     """Return the saved predictor's class, from the description read from ``path``.
 
     Raises:
-        DataError: If the class is not installed. The message names the package to install, or the
-            module to load.
+        DataError: If the class is not installed. If its module is known, the message says what to
+            install, to load or to move.
         MissingModelError: If the class belongs to vilu-bench, and vilu-bench is not installed.
     """
     name = saved_description["method"]

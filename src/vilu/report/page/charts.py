@@ -205,7 +205,7 @@ def class_rows(outcomes: Outcomes, operating_point: OperatingPoint) -> tuple[lis
     is_wrong = outcomes.failure == 1
 
     def count_per_class(mask: NDArray[np.bool_]) -> list[int]:
-        """Count, for each class, how many of the rows in the mask are answers with this class."""
+        """Count, for each class, the counted rows in the mask whose answer is this class."""
         counts: list[int] = np.bincount(answer[is_counted & mask], minlength=len(names)).tolist()
         return counts
 

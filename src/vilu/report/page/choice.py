@@ -222,9 +222,9 @@ def _with_distinct_names(files: Sequence[tuple[Path, Outcomes]]) -> list[Outcome
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     """Choose a page's main method.
 
-    The main method is the method named ``main``. If ``main`` is None, the first prefix in
-    ``PREFERRED_METHODS`` with which a name begins decides. Without such a name, the first method is
-    chosen.
+    The main method is the method named ``main``. If ``main`` is None, it is the first method whose
+    name begins with the first prefix in ``PREFERRED_METHODS``, or else with the next prefix.
+    Without such a name, it is the first method.
     """
     names = [method_outcomes.method or "" for method_outcomes in outcomes]
     if not names:
