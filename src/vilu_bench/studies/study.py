@@ -349,7 +349,6 @@ def write_document(
         page = study_page(study.board.config, study.exhibits, study.verdicts, figure_path)
         parts.append(page)
     text = "\n".join(parts) + "\n" + text_mark("study", inputs)
-    make_folder(document.parent)
     write_text(document, text)
 
 

@@ -49,8 +49,8 @@ class OperatingPoint:
     """The choice that a page shows: which rows are accepted."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # Rows with at most this uncertainty are accepted. None if no single threshold accepts the same
-    # rows as the rule, or if nothing is accepted.
+    # Rows with at most this uncertainty are accepted. A rule about clusters compares other scores
+    # (``compared_scores``) with it. None if the rule has several limits, or if nothing is accepted.
     threshold: float | None
     max_risk: float | None  # target for the error rate. None if the target was another quantity
     # sentence about the guarantee for later answers. None if there is no guarantee.
