@@ -414,7 +414,7 @@ def test_what_changes_meanwhile_is_said(
     """
     monkeypatch.setattr("vilu_bench.studies.run.run_cells", lambda *_, n_done: None)
     with pytest.raises(
-        ProvenanceError, match=r"31 cells were made from other code or data.* Start it again"
+        ProvenanceError, match=r"31 cells do not fit the code or the data.* Start it again"
     ):
         benchmark(config(), data, tmp_path)
 
