@@ -60,8 +60,9 @@ import math
 import re
 import sys
 import tokenize
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
@@ -282,33 +283,37 @@ def names_bound(node: ast.AST) -> list[str]:
     return names
 
 
+@cache  # a file is counted for its room and for its package
+def counts_of(module: Module) -> dict[str, int]:
+    """Count what a file has of each measured thing."""
+    counts = dict.fromkeys(("statements", "dense", "pairs", "nested", "vague"), 0)
+    for node in ast.walk(module.tree):
+        counts["statements"] += is_counted(node)
+        counts["dense"] += isinstance(node, DENSE)
+        counts["pairs"] += is_pair(node)
+        counts["nested"] += is_nested(node)
+        counts["vague"] += sum(name in VAGUE for name in names_bound(node))
+    counts["wide"] = sum(len(line) > LONGEST_LINE for line in module.text.splitlines())
+    return counts
+
+
 def measure(modules: list[Module]) -> dict[str, float]:
     """Compute the measures for a room or a package, by name."""
-    statements = 0
-    dense = 0
-    pairs = 0
-    nested = 0
-    vague = 0
-    wide = 0
+    total: Counter[str] = Counter()
     for module in modules:
-        wide += sum(len(line) > LONGEST_LINE for line in module.text.splitlines())
-        for node in ast.walk(module.tree):
-            statements += is_counted(node)
-            dense += isinstance(node, DENSE)
-            pairs += is_pair(node)
-            nested += is_nested(node)
-            vague += sum(name in VAGUE for name in names_bound(node))
+        total.update(counts_of(module))
+    statements = max(1, total["statements"])
     lengths = functions(modules)
     longest = 0
     if lengths:
         longest, _ = lengths[-1]
     return {
-        "statements": statements,
-        "dense": dense / max(1, statements),
-        "pairs": 1000 * pairs / max(1, statements),
-        "nested": 1000 * nested / max(1, statements),
-        "wide": wide,
-        "vague": 1000 * vague / max(1, statements),
+        "statements": total["statements"],
+        "dense": total["dense"] / statements,
+        "pairs": 1000 * total["pairs"] / statements,
+        "nested": 1000 * total["nested"] / statements,
+        "wide": total["wide"],
+        "vague": 1000 * total["vague"] / statements,
         "longest": longest,
         **prose_shares(modules),
     }
@@ -317,6 +322,7 @@ def measure(modules: list[Module]) -> dict[str, float]:
 # Words in docstrings and comments.
 
 
+@cache
 def prose_of(module: Module) -> str:
     """Return the docstrings and comments of a file in lower case, without examples."""
     texts = [EXAMPLE.sub("", text) for _, text in documentation(module.tree)]
@@ -356,6 +362,7 @@ def documentation(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
                 yield node, node.value.value
 
 
+@cache
 def example_lines(tree: ast.AST) -> int:
     """Count the lines used for examples in a file's documentation."""
     lines = 0
@@ -382,23 +389,26 @@ def functions(modules: list[Module]) -> list[tuple[int, str]]:
 # Imports.
 
 
-def imports_of(module: Module) -> Iterator[Import]:
-    """Yield every import, also in functions."""
+@cache
+def imports_of(module: Module) -> list[Import]:
+    """List every import, also in functions."""
     package = module.name
     if not module.is_package:
         package = module.name.rpartition(".")[0]
+    imports = []
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(node.lineno, alias.name, "")
+                imports.append(Import(node.lineno, alias.name, ""))
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
-                yield Import(node.lineno, source, alias.name)
+                imports.append(Import(node.lineno, source, alias.name))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             for argument in node.args:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    yield Import(node.lineno, argument.value, "")
+                    imports.append(Import(node.lineno, argument.value, ""))
+    return imports
 
 
 def import_graph(modules: list[Module]) -> tuple[dict[str, set[str]], list[str]]:

@@ -120,7 +120,7 @@ def unpickled(model: vilu.Selective) -> vilu.Selective:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, unpickled])
+@pytest.mark.parametrize("copied", few([unpickled, copy.copy, copy.deepcopy], 1))
 def test_a_copy_has_a_calibration_of_its_own(
     copied: Callable[[vilu.Selective], vilu.Selective], tmp_path: Path, parts: tuple
 ) -> None:

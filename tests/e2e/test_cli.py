@@ -125,6 +125,7 @@ def test_the_command_line_does_what_the_library_does(work: Path) -> None:
     assert np.array_equal(scored, predictor.predict_uncertainty(test))
 
 
+@pytest.mark.slow
 def test_the_card_and_the_onnx_file_of_a_fit(work: Path) -> None:
     import onnxruntime
 

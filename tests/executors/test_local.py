@@ -13,6 +13,7 @@ import pytest
 
 from tests.builders.interrupted_children import interrupted_children
 from tests.command import PYTHONPATH
+from tests.conftest import few
 from tests.executors.fake_job import EmptyJob, FileJob, calls
 from tests.executors.test_acceptance import wait_for_death
 from vilu.errors import DataError, StorageError, UsageError
@@ -54,7 +55,7 @@ def test_a_part_that_kills_without_end_is_given_up_and_the_others_stay(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["0.txt", "1.txt"]
 
 
-@pytest.mark.parametrize("error", [DataError("a bad label"), KeyError("a bug")])
+@pytest.mark.parametrize("error", few([DataError("a bad label"), KeyError("a bug")], 1))
 def test_an_error_keeps_its_type(tmp_path, error):
     with pytest.raises(type(error), match=r"a b\w\w label|a bug") as caught:
         done(FileJob(tmp_path, fail={1: error}), range(3), processes=1)

@@ -130,6 +130,7 @@ def test_adapted_answers_are_those_of_the_guard(tmp_path: Path) -> None:
     require_same(path, guard)
 
 
+@pytest.mark.slow
 def test_onnxruntime_decides_as_the_guard(begun: Folder, tmp_path: Path) -> None:
     folder, path = begun[0] / "out" / "predictor", tmp_path / "guard.onnx"
     assert export_image_graph(folder, path, backbone=Traceable()) <= 1e-5

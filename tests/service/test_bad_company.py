@@ -180,7 +180,7 @@ def apart(
         yield running
 
 
-@pytest.mark.parametrize("name", few(BODIES, 4))
+@pytest.mark.parametrize("name", few(BODIES, 3))
 def test_long_bodies_hold_up_nobody_else(apart: Running, name: str) -> None:
     """While long bodies arrive, every question from a third process must be answered soon.
 

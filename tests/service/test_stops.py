@@ -58,7 +58,7 @@ def ask_until(
     return failed
 
 
-@pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 1))
+@pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 0))
 def test_under_load(
     predictors: tuple[Path, Path],
     tmp_path: Path,
