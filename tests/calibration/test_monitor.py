@@ -52,7 +52,7 @@ def rule(calibration: vilu.Outcomes) -> vilu.Rule:
     return vilu.certify(calibration, max_risk=0.1)
 
 
-@pytest.mark.parametrize("digits", few([1, 16], 1))
+@pytest.mark.parametrize("digits", few([1, 16], 0))
 def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
     """Each test must raise false alarms within its level, with and without ties.
 

@@ -170,6 +170,7 @@ def test_what_to_install_is_named(voters: Path, without_bench: dict[str, str]) -
     assert "pip install 'vilu[bench]'" in listed
 
 
+@pytest.mark.slow
 def test_what_has_lost_its_code_is_named(voters: Path, without_its_code: dict[str, str]) -> None:
     commands = (("score", "voters", "new", "-o", "s.parquet"), ("benchmark", "here/main"))
     for code, _, message in run_several(commands, voters, without_its_code["PYTHONPATH"]):

@@ -132,7 +132,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", few(OTHERS, len(OTHERS) - 1))
+@pytest.mark.parametrize("name", few(OTHERS, len(OTHERS) // 2))
 def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> None:
     found = []
     for out in (tmp_path / "one", tmp_path / "two"):

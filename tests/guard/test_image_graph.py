@@ -210,12 +210,9 @@ def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path)
     require_same(tmp_path / "guard.onnx", Guard(folder, backbone=backbone), within=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "why"),
-    [
-        (FakeBackbone, "one number of rows of pixels"),
-        pytest.param(Untraceable, "", marks=pytest.mark.slow),
-    ],
+    ("model", "why"), [(FakeBackbone, "one number of rows of pixels"), (Untraceable, "")]
 )
 def test_a_tower_that_cannot_be_written_is_told(
     model: type[FakeBackbone], why: str, begun: Folder, tmp_path: Path

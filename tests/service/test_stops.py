@@ -143,6 +143,7 @@ Decoder.__call__ = slow
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_drops_no_request(
     predictors: tuple[Path, Path],
     tmp_path: Path,
