@@ -25,6 +25,16 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def answered_table(
+    truth: dict[str, str], job: TriageSettings, output: Path
+) -> tuple[Path, dict[str, str]]:
+    """Run a triage, fill in its table, and return the table and its answers by path."""
+    triage_photos(job, output)
+    table = output / "next_labels.csv"
+    answers, _ = read_labels(fill_in(output, truth, table))
+    return table, dict(answers)
+
+
 def test_labels_go_with_their_pictures_to_new_paths(
     folder: Folder, job: TriageSettings, tmp_path: Path
 ) -> None:
@@ -76,11 +86,8 @@ def test_a_book_gives_labels_to_its_pictures_alone(
 def test_answers_in_the_book_are_not_lost_by_a_rename(
     folder: Folder, job: TriageSettings, tmp_path: Path
 ) -> None:
-    photos, truth = folder
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    table = output / "next_labels.csv"
-    answers, _ = read_labels(fill_in(output, truth, table))
+    (photos, truth), output = folder, tmp_path / "out"
+    _, answers = answered_table(truth, job, output)
     # A run that was killed has saved the answers, but has not written the table again.
     book = LabelBook.load(output / "labels.parquet")
     book.note_labels(answers)
@@ -95,11 +102,8 @@ def test_answers_in_the_book_are_not_lost_by_a_rename(
 def test_answers_count_though_some_photos_were_renamed(
     folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    photos, truth = folder
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    table = output / "next_labels.csv"
-    answers, _ = read_labels(fill_in(output, truth, table))
+    (photos, truth), output = folder, tmp_path / "out"
+    table, answers = answered_table(truth, job, output)
     (photos / "day 0").rename(photos / "sunday")
     triage_photos(job, output, [table])
     expected = {path.replace("day 0", "sunday"): label for path, label in answers.items()}
@@ -110,11 +114,8 @@ def test_answers_count_though_some_photos_were_renamed(
 def test_answers_about_renamed_photos_are_read_after_a_killed_run(
     folder: Folder, job: TriageSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    photos, truth = folder
-    output = tmp_path / "out"
-    triage_photos(job, output)
-    table = output / "next_labels.csv"
-    answers, _ = read_labels(fill_in(output, truth, table))
+    (photos, truth), output = folder, tmp_path / "out"
+    table, answers = answered_table(truth, job, output)
     expected = {}
     for path, label in truth.items():
         (photos / path).rename(photos / path.replace("/", " "))

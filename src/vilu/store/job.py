@@ -124,7 +124,8 @@ def given_up_content(
             positions_and_keys = [(position, record.key) for position, record in records]
             return _content_of_errors("crash", positions_and_keys)
         # Listing may raise any exception, because these files have killed workers, and the reader
-        # may be a plugin. The exception is only logged, so that the other parts are still done.
+        # may be a plugin. The other parts must still be done, so it is logged, and the error rows
+        # below count as failed images or bad shards.
         except Exception as error:  # noqa: BLE001
             logger.warning(
                 "part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error

@@ -293,10 +293,11 @@ class LabelBook:
         reserved_paths = {entry.path for entry in self if entry.label and not entry.picture}
         places = places_of_entries(entries, picture_of_path, reserved_paths)
         taken_paths = {*places.values(), *reserved_paths}
-        # an entry without a place is not moved
-        moved_entries = [
-            entry for entry in entries if places.get(entry.path, entry.path) != entry.path
-        ]
+        moved_entries = []
+        for entry in entries:
+            place = places.get(entry.path)
+            if place is not None and place != entry.path:
+                moved_entries.append(entry)
         displaced_entries = _displaced_entries(entries, places, taken_paths, picture_of_path)
         for entry in (*moved_entries, *displaced_entries):
             del self.entries[entry.path]

@@ -70,11 +70,11 @@ def _require_free_name(cls: type[FailurePredictor]) -> None:
     # a method of this package keeps its name even if its module is not imported yet
     own_addresses = {**PREDICTORS.addresses, **METHODS_OF_TABLES}
     # if nobody has the name, the two results are the address of ``cls``, and ``cls``
-    own_address = own_addresses.get(cls.name, class_address)
-    registered_class = PREDICTORS.registered.get(cls.name, cls)
-    if own_address != class_address:
+    own_address = own_addresses.get(cls.name)
+    registered_class = PREDICTORS.registered.get(cls.name)
+    if own_address is not None and own_address != class_address:
         _, _, owner = own_address.partition(":")
-    elif registered_class is not cls:
+    elif registered_class is not None and registered_class is not cls:
         owner = registered_class.__name__
     else:
         return
