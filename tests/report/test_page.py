@@ -15,7 +15,7 @@ import scipy.stats
 
 from tests.builders.page_data import NAMES, outcomes_of, write_pictures
 from tests.conftest import toy_embeddings
-from vilu import MCM, certify, load, open_dataset, report_page, score
+from vilu import MCM, Outcomes, certify, certify_clusters, load, open_dataset, report_page, score
 from vilu.calibration.procedure import calibrate_predictor
 from vilu.calibration.rules import Rule
 from vilu.calibration.target import Target
@@ -179,6 +179,28 @@ def test_rules_accept_as_they_say() -> None:
     decided = dataclasses.replace(one, provenance={"risk": "beef"})
     with pytest.raises(ProvenanceError, match="'beef'"):
         choose_by_rule(decided, CalibratedRule(rule, fingerprint="cafe"))
+
+
+@pytest.mark.filterwarnings("ignore:rows of one cluster")
+@pytest.mark.parametrize("risk", ["majority", "ratio"])
+def test_a_rule_about_clusters_is_shown_as_one(risk: Literal["majority", "ratio"]) -> None:
+    rng = np.random.default_rng(0)
+    bursts = np.repeat(np.arange(300), 3)
+    noise = rng.uniform(-0.1, 0.1, len(bursts))
+    outcomes = Outcomes(
+        rng.random(300)[bursts] * 0.8 + 0.1 + noise,
+        rng.random(300)[bursts] < 0.1,
+        cluster=bursts.astype(str),
+        method="table",
+    )
+    rule = certify_clusters(outcomes, outcomes.cluster, risk, max_risk=0.3)
+    assert rule.accept(outcomes.uncertainty, clusters=outcomes.cluster).any()
+    page = report_page([outcomes], calibrated=CalibratedRule(rule))
+    assert not data_of(page)["exact"]  # no threshold on single rows accepts the same rows
+    says = {"majority": "Whole clusters are accepted", "ratio": "its cluster has at most 3 rows"}
+    assert says[risk] in page
+    assert re.search(r"<dt>Threshold</dt><dd>0\.\d+<small>of clusters</small></dd>", page)
+    assert "it is at most the threshold.</dd>" not in page
 
 
 def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:

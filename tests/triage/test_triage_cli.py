@@ -64,6 +64,8 @@ def test_the_loop_by_hand(work: Path) -> None:
     assert "of 48 without a label, 48 to review; 12 have a label" in done.stderr
     assert len(list((work / "out" / "sorted").rglob("*.png"))) == 60
     run("review", "out", "-o", "tasks.json", "--to", "label-studio", cwd=work)
+    refused = run("inspect", "tasks.json", cwd=work, code=3).stderr
+    assert "tasks.json is a JSON list, such as the tasks for Label Studio" in refused
     tasks = json.loads((work / "tasks.json").read_text())
     for task in tasks:
         choice = {"type": "choices", "value": {"choices": [truth[task["data"]["path"]]]}}

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
-from vilu.artifacts.disk import RUN_FILE
+from vilu.artifacts.disk import RUN_FILE, convert_os_errors
 from vilu.artifacts.documents import first_error, read_json
 from vilu.artifacts.tables import csv_names, read_table
 from vilu.calibration.calibration import Calibration
@@ -130,8 +130,21 @@ def refuse_list_for_people(path: Path) -> None:
         )
 
 
+def _refuse_json_list(path: Path) -> None:
+    """Raise DataError for a JSON list. No document of vilu is a list."""
+    with convert_os_errors(f"cannot read {path}"), path.open("rb") as file:
+        beginning = file.read(64)
+    if beginning.lstrip().startswith(b"["):
+        raise DataError(
+            f"{path} is a JSON list, such as the tasks for Label Studio that `vilu review` writes. "
+            "No document of vilu is a list, so it cannot be checked. If it is an export of "
+            "finished tasks, give it to `vilu labels`."
+        )
+
+
 def _check_document(path: Path) -> Artefact:
     """Check a JSON file."""
+    _refuse_json_list(path)
     kind = read_json(path, "Make it again").get("kind", "document")
     if not isinstance(kind, str):
         raise DataError(f"{path} is damaged: its kind is no text. Make it again.")

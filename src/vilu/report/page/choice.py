@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vilu.artifacts.disk import RUN_FILE
 from vilu.calibration.calibration import Calibration
+from vilu.calibration.clusters import Clusters
 from vilu.calibration.monitor.arrivals import count_calibration_rows
 from vilu.calibration.rules import Rule, group_names
 from vilu.calibration.thresholds import Threshold
@@ -49,8 +50,8 @@ class OperatingPoint:
     """The choice that a page shows: which rows are accepted."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # Rows with at most this uncertainty are accepted. A rule about clusters compares other scores
-    # (``compared_scores``) with it. None if the rule has several limits, or if nothing is accepted.
+    # Rows with at most this uncertainty are accepted. None if the rule has several limits, if it
+    # judges whole clusters, or if nothing is accepted.
     threshold: float | None
     max_risk: float | None  # target for the error rate. None if the target was another quantity
     # sentence about the guarantee for later answers. None if there is no guarantee.
@@ -59,6 +60,9 @@ class OperatingPoint:
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
     n_calibration_rows: int = 0  # number of the page's rows on which the rule was chosen
+    # The guarantee about clusters. Their scores (``compared_scores``) are compared with the
+    # threshold in ``thresholds``. None if the rule judges each row.
+    clusters: Clusters | None = None
 
 
 def choose_by_hindsight(outcomes: Outcomes, max_risk: float) -> OperatingPoint:
@@ -117,7 +121,7 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
             facts=calibrated.facts,
             n_calibration_rows=n_calibration_rows,
         )
-    is_one_threshold = rule.grouped_by is None and rule.floor is None
+    is_one_threshold = rule.grouped_by is None and rule.floor is None and rule.clusters is None
     return OperatingPoint(
         accepted=accepted,
         threshold=rule.threshold if is_one_threshold else None,
@@ -126,6 +130,7 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
         thresholds=rule.thresholds,
         facts=calibrated.facts,
         n_calibration_rows=n_calibration_rows,
+        clusters=rule.clusters,
     )
 
 
