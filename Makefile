@@ -4,6 +4,8 @@ BIN := .venv/bin
 UV := build/uv/bin/uv --no-managed-python
 BENCH := src/vilu_bench
 SBOM := $(BIN)/cyclonedx-py environment --output-reproducible
+# As many workers as cores: so each has one thread, and a thread that waits for another one does not spin.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 # Packages are installed without compiled modules (see .venv/.% below). Where the environment forbids Python to write
 # those of its imports, each start of a command compiles torch anew, which doubles the time of the tests.
@@ -15,15 +17,15 @@ demo: .venv/.demo
 	$(BIN)/vilu demo
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(ALL_CORES) $(ARGS)
 
 # The same, counting which lines and branches run; the lists are in build/coverage.
 test-coverage: .venv/.coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) --cov --cov-report=term:skip-covered \
+	$(ONE_THREAD) $(BIN)/python -m pytest $(ALL_CORES) --cov --cov-report=term:skip-covered \
 		--cov-report=xml:build/coverage/coverage.xml --cov-report=html:build/coverage/html $(ARGS)
 
 test-random: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)
 
 # Hypothesis tests alone, with random examples, ROUNDS times as many as `make test`; SEED repeats the first round.
 ROUNDS ?= 10
@@ -31,16 +33,16 @@ test-fuzz: .venv/.dev
 	for round in $$(seq $(ROUNDS)); do \
 		seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; unset SEED; \
 		echo "round $$round of $(ROUNDS): SEED=$$seed"; \
-		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
+		HYPOTHESIS_PROFILE=fuzz $(ONE_THREAD) $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
 	done
 
 # Led by coverage (atheris), target by target: make fuzz ARGS='tar npy --runs 20000'
 fuzz: .venv/.fuzz
-	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py $(ARGS)
+	$(ONE_THREAD) $(BIN)/python tools/fuzz.py $(ARGS)
 
 # Damage to every file of every artefact, and edits of every document; SEED=... draws others, the log tells of each.
 test-corruption: .venv/.dev
-	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} OMP_NUM_THREADS=1 \
+	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} $(ONE_THREAD) \
 		CORRUPTION_LOG=$${CORRUPTION_LOG:-build/corruption.jsonl} \
 		$(BIN)/python -m pytest -n 2 -m slow --show-capture=no tests/corruption $(ARGS)
 
@@ -53,26 +55,26 @@ test-offline: .venv/.demo
 TRIALS ?= 5
 test-faults: .venv/.dev
 	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
-		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
+		SEED=$$seed TRIALS=$(TRIALS) $(ONE_THREAD) $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
 
 # Proofs that take more than ten seconds each: every study in miniature, killed and distributed fits, guarantees simulated.
 test-slow: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 # What starts Ray and, where Java is, Spark; in every run of the tests there is only one of these.
 test-engines: .venv/.engines
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs tests/executors tests/service $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m engine -rs tests/executors tests/service $(ARGS)
 
 # The tasks for Label Studio, read by its own kit, which needs an older numpy than the rest and so a place of its own.
 test-label-studio: .venv/.dev
 	[ -d build/label-studio ] || $(BIN)/python -m pip install --quiet --no-compile --target build/label-studio label-studio-sdk
-	PYTHONPATH=build/label-studio OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m label_studio tests/triage/test_label_studio.py
+	PYTHONPATH=build/label-studio $(ONE_THREAD) $(BIN)/python -m pytest -m label_studio tests/triage/test_label_studio.py
 
 # What strangers, full disks and other users do to `vilu serve`; then ten thousand requests, drawn from its own description.
 # REQUESTS says how many.
 test-hostile: .venv/.hostile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/service/test_bad_company.py tests/service/test_trials.py $(ARGS)
-	REQUESTS=$${REQUESTS:-10000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m hostile tests/service $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/service/test_bad_company.py tests/service/test_trials.py $(ARGS)
+	REQUESTS=$${REQUESTS:-10000} $(ONE_THREAD) $(BIN)/python -m pytest -s -m hostile tests/service $(ARGS)
 
 # What stands in deploy/, by promtool and hadolint, which have to be installed.
 test-deploy:
@@ -86,12 +88,12 @@ test-processors: .venv/.dev
 # The oldest and the newest of all that we depend on: the lower bounds of pyproject.toml on the oldest Python, with what
 # these need in turn as it was at a day when the bounds were young; and what is newest now on the newest Python.
 test-lowest: build/lowest/.made
-	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest $(ALL_CORES) $(ARGS)
+	$(ONE_THREAD) build/lowest/bin/python -m pytest $(ALL_CORES) $(ARGS)
 
 test-newest: build/uv/bin/uv
 	$(UV) venv --quiet --allow-existing --python 3.13 build/newest
 	$(UV) pip install --quiet --python build/newest --upgrade --editable '.[dev]' --editable $(BENCH)
-	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest $(ALL_CORES) $(ARGS)
+	$(ONE_THREAD) build/newest/bin/python -m pytest $(ALL_CORES) $(ARGS)
 
 build/lowest/.made: build/uv/bin/uv pyproject.toml $(BENCH)/pyproject.toml
 	$(UV) venv --quiet --clear --python 3.11 build/lowest
@@ -119,8 +121,8 @@ test-wheels: test-extras test-types
 compat: build/wheel .venv/.dev
 	$(UV) venv --quiet --clear build/compat
 	$(UV) pip install --quiet --python build/compat build/wheel/*.whl
-	OMP_NUM_THREADS=1 build/compat/bin/python -m tests.compat.write
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/compat
+	$(ONE_THREAD) build/compat/bin/python -m tests.compat.write
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/compat
 
 # From the source packages, so that nothing comes in from an earlier build.
 .PHONY: build/wheel

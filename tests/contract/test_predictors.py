@@ -31,7 +31,7 @@ from vilu.predictors.contract.parameters import build_predictor, parameters
 from vilu.predictors.persistence.fit_sample import FitSample
 from vilu_bench.methods.ensembles import DeepEnsemble
 
-QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
+QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16, "grid": (1.0, 100.0)}
 LABELLED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]
 LEARNED = [name for name in LABELLED if PREDICTORS[name].learns_failure]
 TRAINED = [name for name in LABELLED if {"seed", "epochs"} <= parameters(PREDICTORS[name]).keys()]

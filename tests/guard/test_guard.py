@@ -181,7 +181,10 @@ def test_a_deep_picture_of_pillow_is_answered_as_its_file(predictor: Path, kind:
     picture = Image.fromarray((ramp * most).astype(kind))
     file = io.BytesIO()
     picture.save(file, "TIFF")
-    in_memory, on_disk = Guard(predictor)([picture, file.getvalue()])
+    guard = Guard(predictor)
+    # one picture a call, because two rows of one product may be rounded differently
+    (in_memory,) = guard([picture])
+    (on_disk,) = guard([file.getvalue()])
     assert in_memory.uncertainty == on_disk.uncertainty
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone
+from vilu.predictors.plus import vilu_plus
 from vilu.store.job import BackboneSpec
 from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import EmbeddingSettings
@@ -52,12 +54,22 @@ def job_on(photos: Path) -> TriageSettings:
     )
 
 
-@pytest.fixture(autouse=True, scope="package")
-def fake_model() -> Iterator[FakeBackbone]:
-    """Load this fake model, whichever model a triage asks for."""
+@contextmanager
+def quick_triages() -> Iterator[FakeBackbone]:
+    """Load this fake model, whichever model a triage asks for, and train its network shortly.
+
+    By default the network of a fit makes 300 steps at least, which took most of the tests' time.
+    """
     model = FakeBackbone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BackboneSpec, "load", lambda self: model)
+        patch.setattr(vilu_plus, "small_network_epochs", lambda steps: max(60 // steps, 1))
+        yield model
+
+
+@pytest.fixture(autouse=True, scope="package")
+def fake_model() -> Iterator[FakeBackbone]:
+    with quick_triages() as model:
         yield model
 
 
@@ -69,9 +81,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     each file from another package.
     """
     home = tmp_path_factory.mktemp("begun")
-    model = FakeBackbone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackboneSpec, "load", lambda self: model)
+    with quick_triages():
         return home, until_guaranteed(home, job_on(home / "photos"))
 
 
