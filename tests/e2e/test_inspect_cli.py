@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +76,18 @@ def test_what_is_none_of_ours(tmp_path: Path) -> None:
     assert "is no output of vilu" in run("inspect", tmp_path, code=3).stderr
     (tmp_path / "notes.txt").write_text("x")
     assert "cannot be checked by itself" in run("inspect", tmp_path / "notes.txt", code=3).stderr
+
+
+@pytest.mark.parametrize("beginning", [b"", b" \n", codecs.BOM_UTF8])
+def test_a_list_for_other_programs_is_named(beginning: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_bytes(beginning + b'[{"data": {}}]')
+    assert "begins like a JSON list" in run("inspect", path, code=3).stderr
+
+
+def test_no_pipe_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tasks.json")
+    assert "tasks.json is missing" in run("inspect", tmp_path, code=3).stderr
 
 
 def test_a_table_of_answers_with_the_columns_of_a_list_is_shown(tmp_path: Path) -> None:

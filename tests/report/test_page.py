@@ -181,26 +181,71 @@ def test_rules_accept_as_they_say() -> None:
         choose_by_rule(decided, CalibratedRule(rule, fingerprint="cafe"))
 
 
-@pytest.mark.filterwarnings("ignore:rows of one cluster")
-@pytest.mark.parametrize("risk", ["majority", "ratio"])
-def test_a_rule_about_clusters_is_shown_as_one(risk: Literal["majority", "ratio"]) -> None:
+def bursts_of(sizes: np.ndarray) -> Outcomes:
+    """Return rows of bursts with these numbers of rows. Rows of a burst are about as certain."""
     rng = np.random.default_rng(0)
-    bursts = np.repeat(np.arange(300), 3)
+    bursts = np.repeat(np.arange(len(sizes)), sizes)
     noise = rng.uniform(-0.1, 0.1, len(bursts))
-    outcomes = Outcomes(
-        rng.random(300)[bursts] * 0.8 + 0.1 + noise,
-        rng.random(300)[bursts] < 0.1,
+    return Outcomes(
+        0.1 + 0.8 * rng.random(len(sizes))[bursts] + noise,
+        rng.random(len(sizes))[bursts] < 0.1,
         cluster=bursts.astype(str),
         method="table",
     )
-    rule = certify_clusters(outcomes, outcomes.cluster, risk, max_risk=0.3)
-    assert rule.accept(outcomes.uncertainty, clusters=outcomes.cluster).any()
+
+
+THRESHOLD = re.compile(r"<dt>Threshold</dt><dd>\s*([^<]*?)\s*(?:<small>([^<]*)</small>)?</dd>")
+
+
+@pytest.mark.filterwarnings("ignore:rows of one cluster")
+def test_a_rule_about_majorities_is_shown_as_one() -> None:
+    outcomes = bursts_of(np.full(300, 3))
+    rule = certify_clusters(outcomes, outcomes.cluster, "majority", max_risk=0.3)
     page = report_page([outcomes], calibrated=CalibratedRule(rule))
-    assert not data_of(page)["exact"]  # no threshold on single rows accepts the same rows
-    says = {"majority": "Whole clusters are accepted", "ratio": "its cluster has at most 3 rows"}
-    assert says[risk] in page
-    assert re.search(r"<dt>Threshold</dt><dd>0\.\d+<small>of clusters</small></dd>", page)
-    assert "it is at most the threshold.</dd>" not in page
+    accepted = rule.accept(outcomes.uncertainty, clusters=outcomes.cluster)
+    assert accepted.any()
+    assert (accepted != (outcomes.uncertainty <= rule.threshold)).any()
+    assert not data_of(page)["exact"]
+    threshold, unit = THRESHOLD.search(page).groups()
+    assert float(threshold) == pytest.approx(rule.threshold, rel=1e-3)  # four digits are shown
+    assert unit == "of a cluster"
+    assert "A cluster is accepted where the mean uncertainty of its rows is at most" in page
+    assert "The numbers below are about single rows" in page
+    assert "To review, least uncertain" in page
+    assert "These 900 rows are of 300 clusters" in page
+
+    none = certify_clusters(outcomes, outcomes.cluster, "majority", max_risk=0.001)
+    page = report_page([outcomes], calibrated=CalibratedRule(none))
+    assert THRESHOLD.search(page).group(1) == "none"
+    assert '<th scope="col">clusters</th>' in page
+    assert "The numbers below" not in page
+
+
+@pytest.mark.filterwarnings("ignore:rows of one cluster")
+@pytest.mark.parametrize("n_large", [0, 5])
+def test_a_rule_about_rows_of_clusters_is_shown_as_one(n_large: int) -> None:
+    calibration = bursts_of(np.full(300, 3))
+    rule = certify_clusters(calibration, calibration.cluster, "ratio", max_risk=0.3)
+    outcomes = bursts_of(np.r_[np.full(290, 3), np.full(n_large, 30)])
+    page = report_page([outcomes], calibrated=CalibratedRule(rule))
+    data = data_of(page)
+    assert data["exact"] == (n_large == 0)  # else rows of large clusters lie below the threshold
+    assert data["threshold"][data["start"]] == rule.threshold
+    threshold, unit = THRESHOLD.search(page).groups()
+    assert float(threshold) == pytest.approx(rule.threshold, rel=1e-3)
+    assert unit is None
+    assert "unless its cluster has more than 3 rows;" in page
+
+
+def test_a_rule_by_class_with_one_class_has_a_table() -> None:
+    of_one = outcomes_of(seed=5)
+    of_one = dataclasses.replace(of_one, prediction=np.zeros(len(of_one), dtype=np.int64))
+    rule = certify(of_one, max_risk=0.3, groups="prediction")
+    assert len(rule.thresholds) == 1
+    page = report_page([outcomes_of()], calibrated=CalibratedRule(rule))
+    assert THRESHOLD.search(page).group(1) == "several"
+    assert "at most the threshold of its group;" in page
+    assert "What was calibrated, per group of answers" in page
 
 
 def test_a_rule_that_certifies_nothing_is_shown_as_such() -> None:

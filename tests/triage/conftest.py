@@ -56,9 +56,9 @@ def job_on(photos: Path) -> TriageSettings:
 
 @contextmanager
 def quick_triages() -> Iterator[FakeBackbone]:
-    """Load this fake model, whichever model a triage asks for, and train its network shortly.
+    """Load this fake model, whichever model a triage asks for, and train in few steps.
 
-    By default the network of a fit makes 300 steps at least, which took most of the tests' time.
+    By default the network of a fit makes at least 300 steps, which took most of the tests' time.
     """
     model = FakeBackbone()
     with pytest.MonkeyPatch.context() as patch:

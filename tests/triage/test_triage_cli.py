@@ -65,7 +65,7 @@ def test_the_loop_by_hand(work: Path) -> None:
     assert len(list((work / "out" / "sorted").rglob("*.png"))) == 60
     run("review", "out", "-o", "tasks.json", "--to", "label-studio", cwd=work)
     refused = run("inspect", "tasks.json", cwd=work, code=3).stderr
-    assert "tasks.json is a JSON list, such as the tasks for Label Studio" in refused
+    assert "tasks.json begins like a JSON list, such as the tasks for Label Studio" in refused
     tasks = json.loads((work / "tasks.json").read_text())
     for task in tasks:
         choice = {"type": "choices", "value": {"choices": [truth[task["data"]["path"]]]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -131,14 +132,16 @@ def refuse_list_for_people(path: Path) -> None:
 
 
 def _refuse_json_list(path: Path) -> None:
-    """Raise DataError for a JSON list. No document of vilu is a list."""
+    """Raise DataError for a file that begins like a JSON list. No document of vilu is a list."""
+    if not path.is_file():  # a pipe, for example, which would wait for a writer
+        return
     with convert_os_errors(f"cannot read {path}"), path.open("rb") as file:
         beginning = file.read(64)
-    if beginning.lstrip().startswith(b"["):
+    if beginning.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         raise DataError(
-            f"{path} is a JSON list, such as the tasks for Label Studio that `vilu review` writes. "
-            "No document of vilu is a list, so it cannot be checked. If it is an export of "
-            "finished tasks, give it to `vilu labels`."
+            f"{path} begins like a JSON list, such as the tasks for Label Studio that `vilu "
+            "review` writes. Such lists are for other programs and have no digest, so they cannot "
+            "be checked. Give tasks with answers to `vilu labels`."
         )
 
 

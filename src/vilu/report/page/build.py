@@ -254,8 +254,8 @@ def _page_numbers(
     accepted = operating_point.accepted[is_evaluable]
     target = max_risk if operating_point.max_risk is None else operating_point.max_risk
     hindsight_point = choose_by_hindsight(outcomes, target)
-    scores = outcomes.tally().scores
-    design_effect = scores.design_effect
+    tally = outcomes.tally()
+    design_effect = tally.scores.design_effect
     has_score = np.isfinite(outcomes.uncertainty)
     n_accepted = int(accepted.sum())
     n_outside = int(outcomes.outside[is_evaluable].sum())
@@ -263,7 +263,8 @@ def _page_numbers(
     n_accepted_failures = int(failure[accepted].sum())
     return {
         "n": len(failure),
-        "n_pictures": scores.n_pictures,
+        "n_pictures": tally.scores.n_pictures,
+        "unit": "cluster" if tally.has_clusters else "picture",
         "n_rows": len(outcomes),
         "failures": Rate(n_failures, len(failure), design_effect),
         "outside": Rate(n_outside, len(failure), design_effect),
@@ -458,9 +459,11 @@ def _script_data(
 ) -> dict[str, Any]:
     """Return the slider's data, for JSON. The first threshold, -inf, becomes null."""
     failure = outcomes.failure[outcomes.evaluable]
-    accepts_nothing = not operating_point.accepted.any()
     # whether the threshold at the slider's start position accepts exactly the chosen rows
-    exact = operating_point.threshold is not None or accepts_nothing
+    exact = not operating_point.accepted.any()
+    if operating_point.threshold is not None:
+        is_below = outcomes.uncertainty <= operating_point.threshold
+        exact = np.array_equal(is_below, operating_point.accepted)
     return {
         "threshold": [None, *points.threshold[1:].tolist()],
         "accepted": points.n_accepted.tolist(),

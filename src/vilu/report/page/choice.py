@@ -50,8 +50,8 @@ class OperatingPoint:
     """The choice that a page shows: which rows are accepted."""
 
     accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
-    # Rows with at most this uncertainty are accepted. None if the rule has several limits, if it
-    # judges whole clusters, or if nothing is accepted.
+    # Rows with at most this uncertainty are accepted, except rows in clusters that are too large.
+    # None if the rule has several limits, if it judges whole clusters, or if nothing is accepted.
     threshold: float | None
     max_risk: float | None  # target for the error rate. None if the target was another quantity
     # sentence about the guarantee for later answers. None if there is no guarantee.
@@ -60,8 +60,8 @@ class OperatingPoint:
     thresholds: Mapping[str, Threshold] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded facts about the calibration
     n_calibration_rows: int = 0  # number of the page's rows on which the rule was chosen
-    # The guarantee about clusters. Their scores (``compared_scores``) are compared with the
-    # threshold in ``thresholds``. None if the rule judges each row.
+    # Set if the rule is about clusters. For "majority", a cluster's mean uncertainty is compared
+    # with the threshold in ``thresholds``. For "ratio", a row's uncertainty is.
     clusters: Clusters | None = None
 
 
@@ -121,7 +121,8 @@ def choose_by_rule(outcomes: Outcomes, calibrated: CalibratedRule) -> OperatingP
             facts=calibrated.facts,
             n_calibration_rows=n_calibration_rows,
         )
-    is_one_threshold = rule.grouped_by is None and rule.floor is None and rule.clusters is None
+    judges_rows = rule.clusters is None or rule.clusters.risk == "ratio"
+    is_one_threshold = judges_rows and rule.grouped_by is None and rule.floor is None
     return OperatingPoint(
         accepted=accepted,
         threshold=rule.threshold if is_one_threshold else None,
