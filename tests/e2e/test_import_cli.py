@@ -20,7 +20,6 @@ import vilu
 from tests.builders.array_files import arrays, save
 from tests.builders.store_fakes import picture
 from tests.command import command, run
-from tests.conftest import few
 from tests.faults.bed import FRAME, plugged
 from tests.store.test_importing import files
 from vilu.artifacts.disk import locked
@@ -187,7 +186,8 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("stop", few([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     """If an import is stopped, the same command must complete it with the bytes from an
     undisturbed run.

@@ -49,7 +49,7 @@ from vilu_bench.studies import load
 
 SEED = int(os.environ.get("SEED", "0"))
 TRIALS = int(os.environ.get("TRIALS", "0"))
-"""Trials per cell. 0 means one trial for every fault, and the rest of ``chosen`` when slow."""
+"""Trials per cell. 0: the trials in ``chosen``, one for every fault in CI and all in test-slow."""
 
 CELLS = [(command, fault) for command in COMMANDS for fault in FAULTS]
 

@@ -19,7 +19,6 @@ import httpx
 import pytest
 
 from tests.command import PYTHONPATH
-from tests.conftest import few
 from tests.service.conftest import Running, hosted, served
 from vilu.service.limits import ClientLimits
 from vilu.service.server import HostedService
@@ -58,7 +57,8 @@ def ask_until(
     return failed
 
 
-@pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_under_load(
     predictors: tuple[Path, Path],
     tmp_path: Path,
