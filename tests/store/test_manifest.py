@@ -239,6 +239,15 @@ def test_differences_name_both_sides(tmp_path):
     assert len(str(caught.value)) < 1000 + len(str(tmp_path))
 
 
+def test_other_image_files_are_explained(tmp_path):
+    other = make_run(dataset_fingerprint="e")
+    with pytest.raises(ProvenanceError, match=r"other names.*sizes or modification times.*`cp -p`"):
+        make_run().require_match(other, tmp_path)
+    with pytest.raises(ProvenanceError) as caught:
+        make_run().require_match(make_run(part_size=7), tmp_path)
+    assert "cp -p" not in str(caught.value)
+
+
 @given(n=st.integers(0, 300), size=st.integers(1, 50))
 def test_parts_cover_every_image_once(n, size):
     parts = plan_parts(make_run(n_in=n, part_size=size))

@@ -31,6 +31,11 @@ class StoreDocument(Document):
     remedy = "Run `vilu embed` (or `vilu import`) again"
 
 
+OTHER_FILES_ADVICE: Final = (
+    "The image files have other names, labels, sizes or modification times than before. Copies of "
+    "the same files are recognised if they keep their times (`cp -p`)."
+)
+
 MIN_AREA_SHARE = 0.5  # a view shows at least this share of the image area
 
 
@@ -274,6 +279,9 @@ class StoreInputs(StoreDocument):
             advice = "Give another output folder, or --overwrite to replace this one."
             if self.space.differs_by_decoding(new_inputs.space):
                 advice = f"{FULL_DECODE_ADVICE} {advice}"
+            has_other_images = self.dataset_fingerprint != new_inputs.dataset_fingerprint
+            if has_other_images and self.imported is None:
+                advice = f"{OTHER_FILES_ADVICE} {advice}"
             raise ProvenanceError(
                 f"{store_path} was made from other inputs: {'; '.join(differences)}. "
                 f"Nothing was changed. {advice}"
