@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from benchmarks.procedures import DEFAULT_PROCEDURE, coverage_at
+from benchmarks.procedures import DEFAULT_PROCEDURE, chain_paths, coverage_at
 from benchmarks.replays import DELTA, MAX_RISK, Chain, Replay
 from vilu.calibration.anytime import level_of
 from vilu.metrics.counts import Floats
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--orders", type=int, default=40)
     parser.add_argument("--sets", nargs="+", help="Names of sets; by default all.")
     options = parser.parse_args(arguments)
-    paths = sorted(options.folder.glob("*.npz"))
+    paths = chain_paths(options.folder)
     if options.sets:
         paths = [path for path in paths if path.stem.rpartition("_")[0] in options.sets]
     show(paths, options.orders)

@@ -8,10 +8,14 @@ to a file for every set and seed. Existing files are not changed. ``replay`` rep
 on every chain (``benchmarks.replays``), and prints
 
 1. the accepted share of the photos without a label at a guaranteed risk of 5 % (confidence 95 %),
-   as a mean over sets, and the difference from ``before`` with a 95 % interval (t).
-2. the same over the sets in docs/triage.md, and the label count until a procedure is half-way, at
-   half of the final coverage that random labels reach.
-3. the same shares for every set at 400 labels, as means over seeds.
+   as a mean over sets, and the difference from ``before`` with its 95 % interval over sets (t).
+2. the same over the sets in ``COVERAGE_OF_RANDOM``, and the label count until a procedure is
+   half-way, at half of the coverage in this table. The ratio to ``before`` has a 95 % interval by
+   bootstrap over seeds.
+3. the same shares for every set at 400 labels, as means over seeds, with 95 % intervals over seeds.
+
+With ``--orders`` every chain is replayed in several random photo orders. A seed's share is then a
+mean over orders.
 
 The labels on both sides are counted. Only photos on the calibration side are used. On the fit side
 photos are picked, so the photos without a label are not a random sample.
@@ -26,7 +30,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -35,6 +39,7 @@ from benchmarks.replays import (
     CHOICE_TO_END_OF_DRAWS,
     CHOICE_TO_FIRST_OPEN,
     DELTA,
+    MAX_LABELS,
     Chain,
     Procedure,
     Reached,
@@ -67,19 +72,27 @@ LABELS_PER_FIT: Final = 50
 MAX_FIT_LABELS: Final = 500
 """Labels in a chain's last fit."""
 
-HALF_OF_RANDOM: Final = {
-    "caltech66": 0.62,
-    "cifar10c": 0.15,
-    "clothing": 0.25,
-    "food9": 0.30,
-    "pets_in123": 0.71,
-    "proto_oxfordpets": 0.51,
-    "proto_ucf101": 0.31,
+COVERAGE_OF_RANDOM: Final = {
+    "caltech66": 0.96,
+    "clothing": 0.15,
+    "food9": 0.92,
+    "pets_in123": 0.77,
+    "proto_oxfordpets": 0.57,
+    "proto_ucf101": 0.53,
 }
-"""Maps a set to half of the final coverage that random labels reach (docs/triage.md)."""
+"""Maps a set to the coverage of zero-shot answers that random labels reach in the end.
 
-LABELS_IF_NEVER: Final = 1_600
-"""Assumed label count for a set where a procedure does not get half-way."""
+The numbers are those of the arm ``random`` with 2,000 labels (food: 1,200) in
+docs/triage-measured.md. CIFAR-10 has 0.02 there, half of which a single lucky run exceeds.
+"""
+
+COMPARED_COUNTS: Final = tuple(range(50, MAX_LABELS + 1, 50))
+"""Label counts at which the procedures are compared."""
+
+LABELS_IF_NEVER: Final = 2 * MAX_LABELS
+"""Count entered for a procedure that does not get half-way with ``MAX_LABELS`` labels."""
+
+N_RESAMPLES: Final = 1_000
 
 
 def harmonic_level(attempt: int, delta: float) -> float:
@@ -167,6 +180,9 @@ ONE_LOOK_NAME: Final = "one exact look"
 
 # Chains.
 
+PARTIAL: Final = ".partial.npz"
+"""End of the name of a chain's file that is not complete yet."""
+
 
 def write_chain(store: EmbeddingStore, seed: int, path: Path) -> None:
     """Fit on more and more labels from a store, and write every fit's scores for all rows."""
@@ -213,19 +229,25 @@ def judge_photos(
     return outcomes.uncertainty, is_wrong.astype(np.int64)
 
 
-def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
+def chain_paths(folder: Path) -> list[Path]:
+    """Return the files of complete chains in a folder, in order."""
+    paths = [path for path in folder.glob("*.npz") if not path.name.endswith(PARTIAL)]
+    return sorted(paths)
+
+
+def write_chains(paths: Iterable[Path], out: Path, seeds: Iterable[int]) -> None:
     """Write the missing chains, seed by seed. For each seed, write the chains of all sets."""
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
     out.mkdir(parents=True, exist_ok=True)
     stores = {path.name: EmbeddingStore(path) for path in paths}
-    for seed in range(n_seeds):
+    for seed in seeds:
         for name, store in stores.items():
             path = out / f"{name}_{seed}.npz"
             if path.exists():
                 continue
             # a killed run leaves no incomplete file with this name
-            partial = path.with_suffix(".partial.npz")
+            partial = path.with_suffix(PARTIAL)
             write_chain(store, seed, partial)
             partial.rename(path)
             print(path, flush=True)
@@ -234,16 +256,43 @@ def write_chains(paths: Iterable[Path], out: Path, n_seeds: int) -> None:
 # Replays.
 
 Curve = list[Reached]
-Curves = dict[str, list[Curve]]
-"""Maps a set's name to the set's curves, one for each seed."""
 
 
-def curves_of(chains: Iterable[Chain], replay_chain: Callable[[Chain], Curve]) -> Curves:
-    """Return the curves by set. ``replay_chain`` returns a chain's curve."""
-    curves: Curves = {}
+class Coverages(NamedTuple):
+    """The accepted shares of the photos without a label, of one procedure.
+
+    Attributes:
+        of_set: Maps a set's name to an array (S, L) of the shares with S seeds, at the L label
+            counts in ``COMPARED_COUNTS``. A seed's share is a mean over the photo orders.
+        largest_risk: Largest error rate among accepted photos, over all rounds in all replays.
+    """
+
+    of_set: dict[str, Floats]
+    largest_risk: float
+
+
+def coverage_at(curve: Curve, n_labels: int) -> float:
+    """Return the coverage reached with at most ``n_labels`` labels."""
+    reached = [point.coverage for point in curve if point.n_labels <= n_labels]
+    return reached[-1] if reached else 0.0
+
+
+def coverages_of(
+    chains: Iterable[Chain], n_orders: int, replay_chain: Callable[[Chain], Curve]
+) -> Coverages:
+    """Replay every chain in ``n_orders`` photo orders. ``replay_chain`` returns a chain's curve."""
+    of_set: dict[str, list[Floats]] = {}
+    risks = []
     for chain in chains:
-        curves.setdefault(chain.name, []).append(replay_chain(chain))
-    return curves
+        of_orders = []
+        for number in range(n_orders):
+            curve = replay_chain(chain.in_another_order(number))
+            risks += [point.risk for point in curve]
+            of_orders.append([coverage_at(curve, n_labels) for n_labels in COMPARED_COUNTS])
+        of_seed: Floats = np.mean(of_orders, axis=0)
+        of_set.setdefault(chain.name, []).append(of_seed)
+    arrays = {name: np.array(of_seeds) for name, of_seeds in of_set.items()}
+    return Coverages(arrays, max(risks))
 
 
 def replay_function(procedure: Procedure) -> Callable[[Chain], Curve]:
@@ -254,32 +303,27 @@ def replay_function(procedure: Procedure) -> Callable[[Chain], Curve]:
 def exact_look_curve(chain: Chain) -> Curve:
     """Make an exact look at every label count, each as if there were no other look."""
     curve = []
-    for n_labels in LABEL_COUNTS:
+    for n_labels in COMPARED_COUNTS:
         coverage = exact_look(chain, n_labels, ONE_LOOK, EXACT_SHARE)
         reached = Reached(n_labels, coverage, 0.0)
         curve.append(reached)
     return curve
 
 
-def coverage_at(curve: Curve, n_labels: int) -> float:
-    """Return the coverage reached with at most ``n_labels`` labels."""
-    reached = [point.coverage for point in curve if point.n_labels <= n_labels]
-    return reached[-1] if reached else 0.0
+def column_of(n_labels: int) -> int:
+    """Return the column of a label count in an array of coverages."""
+    return COMPARED_COUNTS.index(n_labels)
 
 
-def mean_coverage(curves: Sequence[Curve], n_labels: int) -> float:
-    """Average over seeds the coverage reached with at most ``n_labels`` labels."""
-    coverages = [coverage_at(curve, n_labels) for curve in curves]
-    return float(np.mean(coverages))
+def labels_to_half(coverages: Floats, half: float) -> int:
+    """Return the first label count whose mean coverage reaches ``half``, or ``LABELS_IF_NEVER``.
 
-
-def labels_to_half(curves: Sequence[Curve], half: float) -> int:
-    """Return the first label count whose mean coverage reaches ``half``, or ``LABELS_IF_NEVER``."""
-    numbers = {point.n_labels for curve in curves for point in curve}
-    for n_labels in sorted(numbers):
-        if mean_coverage(curves, n_labels) >= half:
-            return n_labels
-    return LABELS_IF_NEVER
+    ``coverages`` is an array (S, L).
+    """
+    has_half = coverages.mean(axis=0) >= half
+    if not has_half.any():
+        return LABELS_IF_NEVER
+    return COMPARED_COUNTS[int(has_half.argmax())]
 
 
 def half_width(differences: Floats) -> float:
@@ -290,18 +334,18 @@ def half_width(differences: Floats) -> float:
     return float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
 
 
-def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+def share_table(of_procedures: Mapping[str, Coverages], sets: Sequence[str]) -> Iterator[str]:
     """Yield mean coverage over sets at every label count, and the difference from ``before``."""
     yield "| procedure | " + " | ".join(f"{n}" for n in LABEL_COUNTS) + " |"
     yield "|---" * (len(LABEL_COUNTS) + 1) + "|"
-    before = all_curves["before"]
-    for name, curves in all_curves.items():
+    before = of_procedures["before"].of_set
+    for name, coverages in of_procedures.items():
         cells = []
-        for size in LABEL_COUNTS:
-            shares = [mean_coverage(curves[key], size) for key in sets]
-            shares_before = [mean_coverage(before[key], size) for key in sets]
-            share = np.array(shares)
-            difference = share - np.array(shares_before)
+        for n_labels in LABEL_COUNTS:
+            column = column_of(n_labels)
+            share = np.array([coverages.of_set[key][:, column].mean() for key in sets])
+            share_before = np.array([before[key][:, column].mean() for key in sets])
+            difference = share - share_before
             cell = f"{share.mean():.3f}"
             if name != "before":
                 cell += f" ({difference.mean():+.3f} ± {half_width(difference):.3f})"
@@ -309,31 +353,76 @@ def share_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterat
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def half_way_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+def half_way_counts(of_set: Mapping[str, Floats], sets: Sequence[str]) -> Ints:
+    """Return the label count until half-way on every set."""
+    counts = [labels_to_half(of_set[key], COVERAGE_OF_RANDOM[key] / 2) for key in sets]
+    return np.array(counts, dtype=np.int64)
+
+
+def mean_ratio(
+    of_set: Mapping[str, Floats], before: Mapping[str, Floats], sets: Sequence[str]
+) -> float:
+    """Return the mean over sets of the labels until half-way, divided by those of ``before``.
+
+    If only ``before`` does not get half-way, its count is ``MAX_LABELS``, so the set's ratio is not
+    too small. If neither gets half-way, the ratio is 1.
+    """
+    counts = half_way_counts(of_set, sets)
+    counts_before = half_way_counts(before, sets)
+    is_reached = counts < LABELS_IF_NEVER
+    at_most = np.where(is_reached, MAX_LABELS, LABELS_IF_NEVER)
+    ratios = counts / np.minimum(counts_before, at_most)
+    return float(ratios.mean())
+
+
+def ratio_interval(
+    of_set: Mapping[str, Floats], before: Mapping[str, Floats], sets: Sequence[str]
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval over seeds of ``mean_ratio``. One seed gives NaN.
+
+    Both procedures have the same seeds, so each resample takes the same seeds from both.
+    """
+    if min(len(of_set[key]) for key in sets) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(N_RESAMPLES):
+        resampled = {}
+        resampled_before = {}
+        for key in sets:
+            n_seeds = len(of_set[key])
+            seeds = rng.integers(n_seeds, size=n_seeds)
+            resampled[key] = of_set[key][seeds]
+            resampled_before[key] = before[key][seeds]
+        ratios.append(mean_ratio(resampled, resampled_before, sets))
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def half_way_table(of_procedures: Mapping[str, Coverages], sets: Sequence[str]) -> Iterator[str]:
     """Yield the label count until half-way on every set, and the mean ratio to ``before``."""
     yield "| procedure | " + " | ".join(sets) + " | mean ratio |"
     yield "|---" * (len(sets) + 2) + "|"
-    before = [labels_to_half(all_curves["before"][key], HALF_OF_RANDOM[key]) for key in sets]
-    for name, curves in all_curves.items():
-        numbers = [labels_to_half(curves[key], HALF_OF_RANDOM[key]) for key in sets]
-        ratios = np.array(numbers) / np.array(before)
-        ratio = np.mean(ratios)
-        cells = [str(n) if n < LABELS_IF_NEVER else "–" for n in numbers]
-        yield f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} |"
+    before = of_procedures["before"].of_set
+    for name, coverages in of_procedures.items():
+        counts = half_way_counts(coverages.of_set, sets)
+        ratio = mean_ratio(coverages.of_set, before, sets)
+        low, high = ratio_interval(coverages.of_set, before, sets)
+        cells = [str(n) if n < LABELS_IF_NEVER else "–" for n in counts.tolist()]
+        yield f"| {name} | " + " | ".join(cells) + f" | {ratio:.2f} [{low:.2f}, {high:.2f}] |"
 
 
-def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator[str]:
+def set_table(of_procedures: Mapping[str, Coverages], sets: Sequence[str]) -> Iterator[str]:
     """Yield every set's coverage at ``LABELS_OF_SET_TABLE`` labels, and the gain on ``before``."""
-    before = all_curves["before"]
+    before = of_procedures["before"].of_set
     yield "| procedure | " + " | ".join(f"{key} ({len(before[key])})" for key in sets) + " |"
     yield "|---" * (len(sets) + 1) + "|"
-    for name, curves in all_curves.items():
+    column = column_of(LABELS_OF_SET_TABLE)
+    for name, coverages in of_procedures.items():
         cells = []
         for key in sets:
-            shares = [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in curves[key]]
-            shares_before = [coverage_at(curve, LABELS_OF_SET_TABLE) for curve in before[key]]
-            share = np.array(shares)
-            difference = share - np.array(shares_before)
+            share = coverages.of_set[key][:, column]
+            difference = share - before[key][:, column]
             cell = f"{share.mean():.2f}"
             if name != "before":
                 cell += f" ({difference.mean():+.2f} ± {half_width(difference):.2f})"
@@ -341,45 +430,33 @@ def set_table(all_curves: Mapping[str, Curves], sets: Sequence[str]) -> Iterator
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def largest_risk(curves: Curves) -> float:
-    """Return the largest error rate among accepted photos, over all rounds in all chains."""
-    risks = []
-    for of_set in curves.values():
-        for curve in of_set:
-            risks += [point.risk for point in curve]
-    return max(risks)
-
-
 def replay(folder: Path, names: Sequence[str], n_orders: int) -> None:
     """Replay the procedures on all chains in a folder, and print the tables.
 
     Every chain is replayed in ``n_orders`` random photo orders. All orders of a chain have the same
-    fits, so with several orders there are no intervals over seeds.
+    fits, so the tables average over orders, and their intervals are over seeds.
     """
-    chains = []
-    for path in sorted(folder.glob("*.npz")):
-        chain = Chain.load(path)
-        chains += [chain.in_another_order(number) for number in range(n_orders)]
-    all_curves = {}
+    chains = [Chain.load(path) for path in chain_paths(folder)]
+    of_procedures = {}
     for name in ("before", *names):
         replay_chain = replay_function(PROCEDURES[name])
-        all_curves[name] = curves_of(chains, replay_chain)
-        print(f"{name}: at most {largest_risk(all_curves[name]):.3f} wrong", flush=True)
-    all_curves[ONE_LOOK_NAME] = curves_of(chains, exact_look_curve)
-    sets = list(all_curves["before"])
-    sets_with_half = [key for key in sets if key in HALF_OF_RANDOM]
-    print(f"\n{len(sets)} sets, {len(chains)} replays, level {DELTA}\n")
-    lines = share_table(all_curves, sets)
+        of_procedures[name] = coverages_of(chains, n_orders, replay_chain)
+        print(f"{name}: at most {of_procedures[name].largest_risk:.3f} wrong", flush=True)
+    of_procedures[ONE_LOOK_NAME] = coverages_of(chains, n_orders, exact_look_curve)
+    sets = list(of_procedures["before"].of_set)
+    sets_with_half = [key for key in sets if key in COVERAGE_OF_RANDOM]
+    n_replays = len(chains) * n_orders
+    print(f"\n{len(sets)} sets, {n_replays} replays, level {DELTA}\n")
+    lines = share_table(of_procedures, sets)
     print("\n".join(lines) + "\n")
     if sets_with_half:
-        print(f"{len(sets_with_half)} sets with a known half of the coverage of random labels\n")
-        lines = share_table(all_curves, sets_with_half)
+        print(f"{len(sets_with_half)} sets where the coverage of random labels is known\n")
+        lines = share_table(of_procedures, sets_with_half)
         print("\n".join(lines) + "\n")
-        lines = half_way_table(all_curves, sets_with_half)
+        lines = half_way_table(of_procedures, sets_with_half)
         print("\n".join(lines) + "\n")
-    if n_orders == 1:
-        print(f"At {LABELS_OF_SET_TABLE} labels, by set (number of seeds)\n")
-        print("\n".join(set_table(all_curves, sets)))
+    print(f"At {LABELS_OF_SET_TABLE} labels, by set (number of seeds)\n")
+    print("\n".join(set_table(of_procedures, sets)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -390,7 +467,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chains = commands.add_parser("chains", help="Fit once for every set, seed and labels.")
     chains.add_argument("stores", type=Path, nargs="+")
     chains.add_argument("--out", type=Path, default=Path("build/chains"))
-    chains.add_argument("--seeds", type=int, default=5)
+    chains.add_argument("--seeds", type=int, default=5, help="Number of seeds.")
+    chains.add_argument("--first-seed", type=int, default=0)
     replays = commands.add_parser("replay", help="Compare procedures on the chains of a folder.")
     replays.add_argument("folder", type=Path)
     names = [name for name in PROCEDURES if name != "before"]
@@ -398,7 +476,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     replays.add_argument("--orders", type=int, default=1, help="Random orders of every chain.")
     options = parser.parse_args(arguments)
     if options.command == "chains":
-        write_chains(options.stores, options.out, options.seeds)
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        write_chains(options.stores, options.out, seeds)
     else:
         replay(options.folder, options.names, options.orders)
 

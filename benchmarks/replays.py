@@ -3,9 +3,10 @@
 A *chain* has, for a set and a seed, the scores by predictors fitted on more and more labels. So a
 procedure's replay takes a moment, while a triage would fit every predictor again. A replay takes
 the steps of ``vilu.triage.run.advance``, and every requested label arrives before the next step. A
-replay differs from a triage in two points. First, if no label count can certify anything, a triage
-stops and a replay continues to draw. Second, a replay always judges adapted answers, without a
-choice between adapted and zero-shot answers.
+replay differs from a triage in three points. First, if no label count can certify anything, a
+triage stops and a replay continues to draw. Second, a replay always judges adapted answers, without
+a choice between adapted and zero-shot answers. Third, a chain's last fit has 500 labels, and from
+then on a replay asks for no labels to fit on.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ LABELS_PER_LATER_ROUND: Final = 100
 LABELS_BEFORE_LATER_ROUNDS: Final = 400
 """Labels in a round, labels in a later round, and the label count where later rounds begin."""
 
-MAX_LABELS: Final = 800
+MAX_LABELS: Final = 1_200
+"""A replay asks for at most so many labels, both sides together."""
 
 
 @dataclass(frozen=True)
@@ -493,9 +495,10 @@ class Replay:
 def exact_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: float) -> float:
     """Return an exact look's coverage: half the labels to fit on, half drawn up to the limit.
 
-    The limit is planned for the level times ``planned_share``.
+    If a chain's last fit has fewer labels than half, the others are drawn. The limit is planned for
+    the level times ``planned_share``.
     """
-    n_fit = n_labels // 2
+    n_fit = min(n_labels // 2, int(chain.n_fit[-1]))
     fit = chain.fit_of(n_fit)
     scores = chain.uncertainty[fit]
     trial = Trial.plan(n_fit, scores, n_labels - n_fit, MAX_RISK, planned_share * DELTA)
@@ -507,4 +510,6 @@ def exact_look(chain: Chain, n_labels: int, test: ExactLook, planned_share: floa
         return 0.0
     is_open = np.ones(len(scores), np.bool_)
     is_open[rows] = False
+    if not is_open.any():
+        return 0.0
     return float((scores[is_open] <= looks.grid[certified]).mean())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import forecasts, procedures
-from benchmarks.replays import Chain, Replay
+from benchmarks.replays import MAX_LABELS, Chain, Reached, Replay
 from benchmarks.risk_tests import Bets, PlannedLooks, WeightedBets, boundaries
 
 from tests.builders.bench_fakes import make_store
@@ -91,9 +91,9 @@ def test_bets_with_the_constants_of_triage_certify_what_triage_does() -> None:
 
 
 def easy_chain(tmp_path: Path) -> Path:
-    """Write a chain with 2,000 photos. The most uncertain fifth is marked as wrong."""
+    """Write a chain with 4,000 photos. The most uncertain fifth is marked as wrong."""
     rng = np.random.default_rng(0)
-    n = 2_000
+    n = 4_000
     rank = np.linspace(0, 1, n)
     wrong = rank > 0.8
     uncertainty = np.where(wrong, rank, 0.02 * rank)
@@ -115,19 +115,69 @@ def test_every_procedure_certifies_an_easy_set(tmp_path: Path, name: str) -> Non
     curve = list(Replay(chain, procedures.PROCEDURES[name]).rounds())
     n_labels = [point.n_labels for point in curve]
     assert n_labels == sorted(n_labels)
-    assert n_labels[-1] <= 800
+    assert n_labels[-1] <= MAX_LABELS
     assert curve[-1].coverage > 0.4  # four fifths are right, and hundreds of them are labelled
     assert max(point.risk for point in curve) <= 0.05
+
+
+def reached_from(*n_labels: int, coverage: float = 0.46) -> np.ndarray:
+    """Return a seed's coverages for each of ``n_labels``, which are 0 with fewer labels."""
+    counts = np.array(procedures.COMPARED_COUNTS)
+    return np.array([np.where(counts >= n, coverage, 0.0) for n in n_labels])
+
+
+def test_half_way_is_half_of_the_coverage_of_random_labels() -> None:
+    early = {"food9": reached_from(300, 300)}  # random labels reach 0.92 on food9
+    late = {"food9": reached_from(600, 600)}
+    never = {"food9": reached_from(300, 300, coverage=0.45)}
+    assert procedures.half_way_counts(early, ["food9"]).tolist() == [300]
+    assert procedures.mean_ratio(early, late, ["food9"]) == 0.5
+    assert procedures.mean_ratio(late, early, ["food9"]) == 2
+    # "before" gets half-way with more than 1,200 labels. So the true ratio is below 300 / 1,200.
+    assert procedures.mean_ratio(early, never, ["food9"]) == 0.25
+    assert procedures.mean_ratio(never, early, ["food9"]) == 8
+    assert procedures.mean_ratio(never, never, ["food9"]) == 1
+
+
+def test_half_way_is_that_of_the_mean_over_seeds() -> None:
+    # one seed in two reaches 0.92 at 300 labels, so the mean is 0.46 there
+    half_of_the_seeds = {"food9": reached_from(300, 900, coverage=0.92)}
+    assert procedures.half_way_counts(half_of_the_seeds, ["food9"]).tolist() == [300]
+
+
+def test_the_interval_of_a_ratio_takes_the_same_seeds_from_both() -> None:
+    some = {"food9": reached_from(*range(200, 1_000, 50))}
+    later = {"food9": reached_from(*range(1_150, 350, -50))}
+    assert procedures.ratio_interval(some, some, ["food9"]) == (1, 1)
+    low, high = procedures.ratio_interval(some, later, ["food9"])
+    ratio = procedures.mean_ratio(some, later, ["food9"])
+    assert 0 < low < ratio < high
+    one_seed = {"food9": reached_from(300)}
+    assert np.isnan(procedures.ratio_interval(one_seed, one_seed, ["food9"])).all()
+
+
+def test_a_seed_is_the_mean_of_its_orders(tmp_path: Path) -> None:
+    chain = Chain.load(easy_chain(tmp_path))
+    coverages = iter([0.2, 0.4, 0.9])
+
+    def replay_chain(_: Chain) -> list[Reached]:
+        return [Reached(100, next(coverages), 0.01)]
+
+    table = procedures.coverages_of([chain], 3, replay_chain)
+    assert table.of_set["easy"][:, procedures.column_of(50)] == [0]
+    assert table.of_set["easy"][:, procedures.column_of(400)] == pytest.approx([0.5])
+    assert table.largest_risk == 0.01
 
 
 def test_chains_are_taken_up_again_and_replayed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = make_store(tmp_path / "store", 40, 0)
+    store = make_store(tmp_path / "clothing", 40, 0)
     out = tmp_path / "chains"
-    command = ["chains", str(store), "--out", str(out), "--seeds", "1"]
+    command = ["chains", str(store), "--out", str(out), "--seeds", "1", "--first-seed", "3"]
     procedures.main(command)
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert capsys.readouterr().out.splitlines() == [str(out / "clothing_3.npz")]
+    (out / "clothing_4.partial.npz").touch()  # of a killed run
     procedures.main(command)
     assert not capsys.readouterr().out
     procedures.main(["replay", str(out), "--names", "default"])
@@ -138,7 +188,8 @@ def test_chains_are_taken_up_again_and_replayed(
     procedures.main(["replay", str(out), "--names", "default", "--orders", "3"])
     shown = capsys.readouterr().out
     assert "1 sets, 3 replays" in shown
-    assert "by set" not in shown  # several orders for one chain are not several seeds
+    assert "| clothing | mean ratio |" in shown
+    assert "clothing (1)" in shown  # several orders for one chain are not several seeds
     forecasts.main([str(out), "--orders", "2"])
     shown = capsys.readouterr().out
     assert "without a label" in shown
