@@ -51,13 +51,6 @@ def test_the_readme_shows_commands() -> None:
     )
 
 
-def test_the_page_of_real_clip_begins_with_its_written_part() -> None:
-    """The page begins in this way also after `vilu render --first`."""
-    page = (ROOT / "docs" / "clip.md").read_text(encoding="utf-8")
-    first = (ROOT / "docs" / "clip" / "answers.txt").read_text(encoding="utf-8").strip()
-    assert page.startswith(f"# Real CLIP\n\n{first}\n\n")
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_that_are_shown_exist(command: str) -> None:
     shown = run(command, "--help").stdout

@@ -29,6 +29,16 @@ TABLES = {
     ],
 }
 
+PAGES = {
+    "learning-curve.md": (
+        CELLS / "learning_curve.parquet",
+        CELLS / "learning_curve.md",
+        "From how many labels ViLU pays",
+    ),
+    "clip.md": (CELLS / "clip.parquet", Path("docs") / "clip" / "answers.txt", "Real CLIP"),
+}
+"""Maps a page of the docs to its file of kept studies, its preface, and its title."""
+
 
 @pytest.mark.parametrize("page", TABLES)
 def test_a_table_of_the_docs_is_that_of_its_cells(page: str) -> None:
@@ -40,10 +50,10 @@ def test_a_table_of_the_docs_is_that_of_its_cells(page: str) -> None:
     assert [row for row in rows if row not in written] == []
 
 
-def test_the_page_of_the_learning_curve_is_that_of_its_kept_study(tmp_path: Path) -> None:
-    page = tmp_path / "learning-curve.md"
-    kept = ROOT / CELLS / "learning_curve.parquet"
-    intro = ROOT / CELLS / "learning_curve.md"
-    render_kept_file(kept, page, "From how many labels ViLU pays", preface_file=intro)
-    written = (ROOT / "docs" / "learning-curve.md").read_text(encoding="utf-8")
-    assert page.read_text(encoding="utf-8") == written
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_that_of_its_kept_studies(tmp_path: Path, page: str) -> None:
+    kept, preface, title = PAGES[page]
+    made = tmp_path / page
+    render_kept_file(ROOT / kept, made, title, preface_file=ROOT / preface)
+    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert made.read_text(encoding="utf-8") == written

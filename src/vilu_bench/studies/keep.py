@@ -81,7 +81,9 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
         n_resamples = min(board.config.resamples, RESAMPLES)
         config = board.config.model_copy(update={"resamples": n_resamples})
         archive = archive_of(config, board.results)
-        archives[name] = archive.model_dump(mode="json")
+        # the fingerprints are in the documents of the cells, so they are not stored twice
+        archive_without_cells = archive.model_copy(update={"fingerprints": {}})
+        archives[name] = archive_without_cells.model_dump(mode="json")
         for cell, result in board.results.items():
             results[cell.path] = result
     sorted_results = [results[path] for path in sorted(results)]
@@ -183,17 +185,21 @@ def restore_run(file: Path, run: Path) -> None:
             "a file of `vilu render RUN --keep FILE`."
         )
     try:
+        documents = table["document"].to_pylist()
+        results = [CellResult.model_validate_json(text) for text in documents]
+        fingerprints = {result.cell.path.as_posix(): result.fingerprint for result in results}
         for name, content in studies.items():
             archive = Archive.model_validate(content)
             STUDY_NAME.validate_python(name)  # the study's name becomes a folder name
             folder = make_folder(run / STUDIES / name)
-            write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
+            complete_archive = archive.model_copy(update={"fingerprints": fingerprints})
+            write_json(folder / DOCUMENT, complete_archive.model_dump(mode="json"))
         multiples = _stored_multiples(table)
         n_metrics = table["n_metrics"].to_pylist()
         n_resamples = table["n_resamples"].to_pylist()
-        for row, text in enumerate(table["document"].to_pylist()):
+        for row, result in enumerate(results):
             own_multiples = multiples[row, : n_metrics[row], : n_resamples[row]]  # without padding
-            _restore_cell(text, own_multiples, run)
+            _restore_cell(result, own_multiples, run)
     except ValidationError as error:
         damage = first_error(error)
         raise DataError(f"{file} is damaged: {damage}. {RUN_AGAIN}.") from error
@@ -219,9 +225,8 @@ def _stored_multiples(table: pa.Table) -> Multiples:
     return multiples
 
 
-def _restore_cell(document: str, multiples: Multiples, run: Path) -> None:
+def _restore_cell(result: CellResult, multiples: Multiples, run: Path) -> None:
     """Write a cell's files: the document, and bootstrap values from ``multiples`` (M, B)."""
-    result = CellResult.model_validate_json(document)
     path = run / result.cell.path
     make_folder(path.parent)
     files = {}
