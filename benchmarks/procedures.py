@@ -364,8 +364,8 @@ def mean_ratio(
 ) -> float:
     """Return the mean over sets of the labels until half-way, divided by those of ``before``.
 
-    If only ``before`` does not get half-way, its count is ``MAX_LABELS``, so the set's ratio is not
-    too small. If neither gets half-way, the ratio is 1.
+    If only ``before`` does not get half-way, its count is ``MAX_LABELS``, so the set's ratio is an
+    upper bound. If neither gets half-way, the ratio is 1.
     """
     counts = half_way_counts(of_set, sets)
     counts_before = half_way_counts(before, sets)
