@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import forecasts, procedures
+from benchmarks import forecasts, mistakes, procedures
 from benchmarks.replays import MAX_LABELS, Chain, Reached, Replay
 from benchmarks.risk_tests import Bets, PlannedLooks, WeightedBets, boundaries
 
@@ -194,3 +194,16 @@ def test_chains_are_taken_up_again_and_replayed(
     shown = capsys.readouterr().out
     assert "without a label" in shown
     assert "after 50 labels" in shown
+
+
+def test_floors_help_against_confident_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    easy_chain(tmp_path)
+    mistakes.main([str(tmp_path), "--draws", "5"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[1:]]
+    accepted = {line[1]: [float(share) for share in line[2].split(" / ")] for line in lines}
+    assert accepted["None"][0] > 0.7  # four fifths of the answers are right
+    without_floors, with_floors = accepted["0.1"]
+    assert without_floors == 0
+    assert with_floors > 0.4

@@ -127,24 +127,27 @@ def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
     """
     scores = sorted(set(u.tolist()))
     labels = [f[u == score].astype(int).tolist() for score in scores]
-    first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, 0.96 * delta)
+    floors, floor_level, starts = (1 / 32, 1 / 16, 1 / 8, 1 / 4), 0.01, ((1 / 4, 0.5), (1 / 2, 0.5))
+    if len(u) < 500:
+        floors, floor_level, starts = (1 / 8, 1 / 4), 0.05, ((1 / 2, 1.0),)
+    level = (1 - floor_level * len(floors)) * delta
+    first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, level)
     found = [(sum(map(len, labels[:first])), -np.inf, scores[first - 1])] if first else []
-    for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4):
+    for share in floors:
         floor = next(
             i for i, m in enumerate(accumulate(map(len, labels))) if m >= np.ceil(len(u) * share)
         )
-        rest = by_hand_fallback(
-            labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), 0, risk, 0.01 * delta
-        )
+        rest = by_hand_fallback(labels[floor + 1 :], starts, 0, risk, floor_level * delta)
         inside = labels[floor + 1 : floor + 1 + rest]
         found += [(sum(map(len, inside)), scores[floor], scores[floor + rest])] if rest else []
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
+@pytest.mark.parametrize("least", [300, 500])
 @pytest.mark.parametrize("seed", few(range(8), 1))
-def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
+def test_learn_then_test_against_one_threshold_at_a_time(seed: int, least: int) -> None:
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(500, 600))
+    n = int(rng.integers(least, least + 100))
     u = np.round(rng.beta(0.6, 1.5, n), 2 if seed % 2 else 9)
     rate = u if seed % 4 < 2 else np.where(u <= np.quantile(u, 0.05), 0.9, 0.6 * u)
     f = rng.random(n) < rate
@@ -220,6 +223,19 @@ def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
     c = counts([(65, 5), *[(1, 0)] * 930])
     found = learn_then_test(c, 0.05, 0.05)
     assert found.threshold == len(c.value) - 1
+
+
+def test_few_rows_have_two_floors() -> None:
+    """Of 300 rows, half of the 20 most trusted are wrong, the next 200 are right, and 80 wrong."""
+    rows = [(1, 1)] * 10 + [(1, 0)] * 200 + [(0, 1)] * 80
+    found = learn_then_test(counts(rows), 0.05, 0.05)
+    assert found is not None
+    # 1/8 of the rows is 37.5, so the floor is the 38th row. It is the 18th of the right ones.
+    assert found.floor == 27
+    # The level is 0.05 * 0.05 = 0.0025. Bin(183, 0.05) is at most 1 with probability 0.0009, and
+    # Bin(184, 0.05) at most 2 with 0.0046. So one of the wrong answers is accepted, too.
+    assert (found.threshold, found.n_accepted, found.n_wrong) == (210, 183, 1)
+    assert learn_then_test(counts(rows[:-1]), 0.05, 0.05) is None  # 299 rows have no floor
 
 
 def test_what_lies_above_confident_mistakes_is_accepted() -> None:

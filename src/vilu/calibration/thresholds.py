@@ -193,14 +193,34 @@ A floor helps if these rows are wrong so often that no threshold without a floor
 FLOOR_LEVEL_SHARE = 0.01
 """Share of delta for the tests above each floor."""
 
-FLOOR_START_SHARES = ((1 / 4, 0.5), (1 / 2, 0.5))
-"""Starts and shares of the level, as in ``START_SHARES``, for the sequences above a floor."""
 
-MIN_ROWS_FOR_FLOORS = 500
-"""Smallest row count for tests with floors.
+class FloorPlan(NamedTuple):
+    """Which floors are tested, and how.
 
-With fewer rows, one or two wrong answers among the most trusted rows may be chance. Floors would
-also use a part of delta, and with few rows all of delta is needed without a floor.
+    Attributes:
+        min_rows: Smallest row count with this plan.
+        row_shares: Shares of rows that the floors leave for review.
+        level_share: Share of delta for the tests above each floor.
+        start_shares: Starts and shares of the level, as in ``START_SHARES``, for the sequences
+            above a floor.
+    """
+
+    min_rows: int
+    row_shares: tuple[float, ...]
+    level_share: float
+    start_shares: StartShares
+
+
+FLOOR_PLANS = (
+    FloorPlan(500, FLOOR_ROW_SHARES, FLOOR_LEVEL_SHARE, ((1 / 4, 0.5), (1 / 2, 0.5))),
+    FloorPlan(300, (1 / 8, 1 / 4), 0.05, ((1 / 2, 1.0),)),
+    FloorPlan(0, (), 0.0, ()),
+)
+"""The plans, from many rows to few. Fewer than 300 rows have no floor.
+
+With few rows, a small level would certify nothing above a floor. So a floor has 0.05 delta there,
+and one sequence. With fewer than 300 rows, one or two wrong answers among the most trusted rows may
+be chance, and all of delta is needed without a floor.
 """
 
 NO_FLOOR = -1
@@ -323,10 +343,11 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     level the largest tail value up to delta / 4. This sequence is left out if the test would admit
     no wrong answer.
 
-    **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 500 rows
-    or more, intervals of scores above a floor l and up to t are tested in the same way. Floors lie
-    at 1/32, 1/16, 1/8 and 1/4 of the rows. The tests above each floor have a level of 0.01 delta.
-    If the rows above a floor are too few for a rejection, this floor is left out.
+    **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 300 rows
+    or more, intervals of scores above a floor l and up to t are tested in the same way. From 500
+    rows on, floors lie at 1/32, 1/16, 1/8 and 1/4 of the rows, and the tests above each floor have
+    a level of 0.01 delta. With fewer rows, floors lie at 1/8 and 1/4, with 0.05 delta each. If the
+    rows above a floor are too few for a rejection, this floor is left out.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
@@ -363,10 +384,11 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
         >>> print(learn_then_test(counts, max_risk=0.5, delta=0.1))
         uncertainty <= 7 accepts 87.5% (1 wrong of 7 accepted, of 8)
     """
-    floor_indices = _floor_indices(counts.accepted, max_risk, delta)
+    plan = _floor_plan(int(counts.n))
+    floor_indices = _floor_indices(counts.accepted, plan, max_risk, delta)
     # The interval with most accepted rows is chosen after all tests. So the tests share delta
     # (union bound). If each test had all of delta, the guarantee would be broken too often.
-    level_without_floor = delta * (1 - FLOOR_LEVEL_SHARE * len(floor_indices))
+    level_without_floor = delta * (1 - plan.level_share * len(floor_indices))
     best_threshold = _fallback_procedure(
         counts,
         floor_index=NO_FLOOR,
@@ -379,10 +401,10 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
         threshold_above_floor = _fallback_procedure(
             counts,
             floor_index=floor_index,
-            start_shares=FLOOR_START_SHARES,
+            start_shares=plan.start_shares,
             share_at_all_rows=0.0,
             max_risk=max_risk,
-            delta=delta * FLOOR_LEVEL_SHARE,
+            delta=delta * plan.level_share,
         )
         if threshold_above_floor is None:
             continue
@@ -391,18 +413,22 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     return best_threshold
 
 
-def _floor_indices(n_accepted: Ints, max_risk: float, delta: float) -> list[int]:
+def _floor_plan(n: int) -> FloorPlan:
+    """Return the plan for n rows."""
+    return next(plan for plan in FLOOR_PLANS if n >= plan.min_rows)
+
+
+def _floor_indices(n_accepted: Ints, plan: FloorPlan, max_risk: float, delta: float) -> list[int]:
     """Return the indices of floors with enough rows above for a rejection at the first start."""
-    n = int(n_accepted[-1])
-    if n < MIN_ROWS_FOR_FLOORS:
-        return []
-    start_share, level_share = FLOOR_START_SHARES[0]
-    n_needed = n_right_needed(max_risk, delta * FLOOR_LEVEL_SHARE * level_share) + 1
     floor_indices = []
+    n = int(n_accepted[-1])
     # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above the
     # floor would not be independent draws.
-    for floor_share in FLOOR_ROW_SHARES:
+    for floor_share in plan.row_shares:
         rank = math.ceil(n * floor_share)
+        start_share, start_level_share = plan.start_shares[0]
+        level_at_start = delta * plan.level_share * start_level_share
+        n_needed = n_right_needed(max_risk, level_at_start) + 1
         n_rows_at_first_start = (n - rank) * start_share
         if n_rows_at_first_start >= n_needed:
             floor_index = int(np.searchsorted(n_accepted, rank))
