@@ -6,7 +6,7 @@
 ``simulate``: Each row of a world has a rank, uniform in [0, 1). A world has a claimed and a true
 error rate at every rank. 500 rows from the fit side choose the limit. The calibration side has
 2,000 rows. 300 rows are drawn from this side up to the limit, and the answers are wrong with the
-true error rate. A draw is *broken* if the certified threshold's true risk is above 5 %. At most 5 %
+true error rate. A draw is *broken* if the certified interval's true risk is above 5 %. At most 5 %
 of the draws may be broken. The output has the share of broken draws, a one-sided 95 % bound on this
 share (Clopper and Pearson), and the mean share of accepted answers. The worlds:
 
@@ -73,9 +73,10 @@ class World:
         """(M,) sums of the true error rates up to every rank."""
         return np.cumsum(self.true_rate)
 
-    def risk(self, n_accepted: int) -> float:
-        """Compute the true risk if the ``n_accepted`` most trusted ranks are accepted."""
-        return float(self._errors[n_accepted - 1]) / n_accepted
+    def risk(self, start: int, stop: int) -> float:
+        """Compute the true risk if the ranks ``start`` ... ``stop`` - 1 are accepted."""
+        errors_below = float(self._errors[start - 1]) if start else 0.0
+        return (float(self._errors[stop - 1]) - errors_below) / (stop - start)
 
 
 def _worlds() -> dict[str, World]:
@@ -111,22 +112,25 @@ def simulate_draw(world: World, rng: np.random.Generator) -> tuple[float, float]
     drawn_rows = rng.permutation(rows_up_to_limit)[:N_LABELS]
     is_wrong = rng.random(len(drawn_rows)) < world.true_rate[rank[drawn_rows]]
     failure = is_wrong.astype(np.int64)
-    threshold = certified_threshold(uncertainty[drawn_rows], failure)
-    n_accepted = int(np.searchsorted(world.claimed_rate, threshold, side="right"))
-    if not n_accepted:
+    floor, threshold = certified_interval(uncertainty[drawn_rows], failure)
+    start = int(np.searchsorted(world.claimed_rate, floor, side="right"))
+    stop = int(np.searchsorted(world.claimed_rate, threshold, side="right"))
+    if start == stop:
         return 0.0, 0.0
-    return n_accepted / len(RANKS), world.risk(n_accepted)
+    return (stop - start) / len(RANKS), world.risk(start, stop)
 
 
-def certified_threshold(uncertainty: Floats, failure: Ints) -> float:
-    """Return the threshold certified by the drawn labels, -inf if there is none."""
+def certified_interval(uncertainty: Floats, failure: Ints) -> tuple[float, float]:
+    """Return the interval (floor, threshold) certified by the drawn labels.
+
+    If there is none, both numbers are -inf.
+    """
+    nothing = (-math.inf, -math.inf)
     if not len(uncertainty):
-        return -math.inf
+        return nothing
     counts = tie_counts(uncertainty, failure)
     best = learn_then_test(counts, MAX_RISK, DELTA)
-    if best is None or best.threshold is None:
-        return -math.inf
-    return best.threshold
+    return nothing if best is None else best.interval
 
 
 def simulate(names: Iterable[str], n_draws: int) -> None:
@@ -153,7 +157,7 @@ def simulate(names: Iterable[str], n_draws: int) -> None:
 
 @dataclass(frozen=True)
 class DrawResult:
-    """Results of a draw's certified threshold, on the whole calibration side."""
+    """Results of a draw's certified interval, on the whole calibration side."""
 
     coverage: float
     risk: float
@@ -161,7 +165,8 @@ class DrawResult:
 
 def test_rows(uncertainty: Floats, failure: Ints, rows: Ints) -> DrawResult:
     """Test the labels of ``rows`` (M,), drawn from all rows (N,) on the calibration side."""
-    is_accepted = uncertainty <= certified_threshold(uncertainty[rows], failure[rows])
+    floor, threshold = certified_interval(uncertainty[rows], failure[rows])
+    is_accepted = (uncertainty > floor) & (uncertainty <= threshold)
     if not is_accepted.any():
         return DrawResult(coverage=0.0, risk=0.0)
     coverage = float(is_accepted.mean())

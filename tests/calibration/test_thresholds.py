@@ -129,7 +129,7 @@ def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
     labels = [f[u == score].astype(int).tolist() for score in scores]
     floors, floor_level, starts = (1 / 32, 1 / 16, 1 / 8, 1 / 4), 0.01, ((1 / 4, 0.5), (1 / 2, 0.5))
     if len(u) < 500:
-        floors, floor_level, starts = (1 / 8, 1 / 4), 0.05, ((1 / 2, 1.0),)
+        floors, floor_level, starts = (1 / 8, 1 / 4), 0.05, ((2 / 3, 1.0),)
     level = (1 - floor_level * len(floors)) * delta
     first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, level)
     found = [(sum(map(len, labels[:first])), -np.inf, scores[first - 1])] if first else []
@@ -149,7 +149,8 @@ def test_learn_then_test_against_one_threshold_at_a_time(seed: int, least: int) 
     rng = np.random.default_rng(seed)
     n = int(rng.integers(least, least + 100))
     u = np.round(rng.beta(0.6, 1.5, n), 2 if seed % 2 else 9)
-    rate = u if seed % 4 < 2 else np.where(u <= np.quantile(u, 0.05), 0.9, 0.6 * u)
+    slope = 0.6 if least == 500 else 0.3  # few rows certify only a smaller risk
+    rate = u if seed % 4 < 2 else np.where(u <= np.quantile(u, 0.05), 0.9, slope * u)
     f = rng.random(n) < rate
     c = tie_counts(u, f)
     found = learn_then_test(c, 0.1, 0.1)
@@ -226,16 +227,39 @@ def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
 
 
 def test_few_rows_have_two_floors() -> None:
-    """Of 300 rows, half of the 20 most trusted are wrong, the next 200 are right, and 80 wrong."""
-    rows = [(1, 1)] * 10 + [(1, 0)] * 200 + [(0, 1)] * 80
+    """Of 320 rows, half of the 20 most trusted are wrong, the next 220 are right, and 80 wrong."""
+    rows = [(1, 1)] * 10 + [(1, 0)] * 220 + [(0, 1)] * 80
     found = learn_then_test(counts(rows), 0.05, 0.05)
     assert found is not None
-    # 1/8 of the rows is 37.5, so the floor is the 38th row. It is the 18th of the right ones.
-    assert found.floor == 27
-    # The level is 0.05 * 0.05 = 0.0025. Bin(183, 0.05) is at most 1 with probability 0.0009, and
-    # Bin(184, 0.05) at most 2 with 0.0046. So one of the wrong answers is accepted, too.
-    assert (found.threshold, found.n_accepted, found.n_wrong) == (210, 183, 1)
-    assert learn_then_test(counts(rows[:-1]), 0.05, 0.05) is None  # 299 rows have no floor
+    # 1/8 of the rows is 40, so the floor is the 40th row. It is the 20th of the right ones.
+    assert found.floor == 29
+    # The level is 0.05 * 0.05 = 0.0025. Bin(201, 0.05) is at most 1 with probability 0.0004,
+    # Bin(202, 0.05) at most 2 with 0.0021, and Bin(203, 0.05) at most 3 with 0.0081. So two of the
+    # wrong answers are accepted, too.
+    assert (found.threshold, found.n_accepted, found.n_wrong) == (231, 202, 2)
+
+
+@pytest.mark.parametrize(("n", "n_review"), [(300, 38), (499, 63), (500, 63), (600, 75)])
+def test_floors_begin_with_enough_rows_and_do_not_end(n: int, n_review: int) -> None:
+    """The 36 most trusted answers are wrong, and the floor at 1/8 is above them."""
+    rows = [(0, 1)] * 36 + [(1, 0)] * (n - 36)
+    found = learn_then_test(counts(rows), 0.05, 0.05)
+    assert found is not None
+    assert found.floor is not None
+    assert found.n_accepted == n - n_review
+    assert found.n_wrong == 0
+
+
+def test_fewer_rows_have_no_floor() -> None:
+    assert learn_then_test(counts([(0, 1)] * 36 + [(1, 0)] * 263), 0.05, 0.05) is None
+
+
+@pytest.mark.parametrize(("n", "n_review"), [(869, 109), (870, 55)])
+def test_many_rows_have_a_floor_at_a_sixteenth(n: int, n_review: int) -> None:
+    """The 54 most trusted answers are wrong: from 870 rows on the floor at 1/16 is above them."""
+    found = learn_then_test(counts([(0, 1)] * 54 + [(1, 0)] * (n - 54)), 0.05, 0.05)
+    assert found is not None
+    assert found.n_accepted == n - n_review
 
 
 def test_what_lies_above_confident_mistakes_is_accepted() -> None:

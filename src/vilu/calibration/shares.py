@@ -263,8 +263,8 @@ def weighted_learn_then_test(
     only. The supremum is simulated in ``benchmarks.shares``: the product is conservative, and the
     share of wrong certificates stays below delta.
 
-    As in ``learn_then_test``, the thresholds above each floor share a level of 0.01 delta. The test
-    pools all strata, so delta is not divided among the strata.
+    As in ``learn_then_test`` with many rows, the thresholds above each floor share a level of 0.01
+    delta. The test pools all strata, so delta is not divided among the strata.
 
     Sources: Angelopoulos et al., Learn then Test (2021), for the frame. Waudby-Smith & Ramdas,
     Estimating means of bounded random variables by betting (2023), for the product.

@@ -213,14 +213,14 @@ class FloorPlan(NamedTuple):
 
 FLOOR_PLANS = (
     FloorPlan(500, FLOOR_ROW_SHARES, FLOOR_LEVEL_SHARE, ((1 / 4, 0.5), (1 / 2, 0.5))),
-    FloorPlan(300, (1 / 8, 1 / 4), 0.05, ((1 / 2, 1.0),)),
+    FloorPlan(300, (1 / 8, 1 / 4), 0.05, ((2 / 3, 1.0),)),
     FloorPlan(0, (), 0.0, ()),
 )
-"""The plans, from many rows to few. Fewer than 300 rows have no floor.
+"""The plans, from many rows to few. The first one whose floors all have enough rows above is taken.
 
 With few rows, a small level would certify nothing above a floor. So a floor has 0.05 delta there,
 and one sequence. With fewer than 300 rows, one or two wrong answers among the most trusted rows may
-be chance, and all of delta is needed without a floor.
+be chance, so thresholds without a floor get all of delta.
 """
 
 NO_FLOOR = -1
@@ -343,11 +343,12 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     level the largest tail value up to delta / 4. This sequence is left out if the test would admit
     no wrong answer.
 
-    **Floors.** All sequences fail if many of the most trusted answers are wrong. So with 300 rows
-    or more, intervals of scores above a floor l and up to t are tested in the same way. From 500
-    rows on, floors lie at 1/32, 1/16, 1/8 and 1/4 of the rows, and the tests above each floor have
-    a level of 0.01 delta. With fewer rows, floors lie at 1/8 and 1/4, with 0.05 delta each. If the
-    rows above a floor are too few for a rejection, this floor is left out.
+    **Floors.** All sequences fail if many of the most trusted answers are wrong. So intervals of
+    scores above a floor l and up to t are tested in the same way. With 300 rows or more, floors lie
+    at 1/8 and 1/4 of the rows, with a level of 0.05 delta each. With 500 rows or more, they lie at
+    1/32, 1/16, 1/8 and 1/4, with 0.01 delta each. Floors are left out if the first sequence above
+    them has too few rows for a rejection. At 5 % and delta = 0.05 there are two floors from 300
+    rows on, and four from 870 rows on. At 1 % it is 1,196 and 4,411 rows.
 
     **Proof for scores without ties.** (Scores with ties are simulated in the tests.)
 
@@ -384,8 +385,7 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
         >>> print(learn_then_test(counts, max_risk=0.5, delta=0.1))
         uncertainty <= 7 accepts 87.5% (1 wrong of 7 accepted, of 8)
     """
-    plan = _floor_plan(int(counts.n))
-    floor_indices = _floor_indices(counts.accepted, plan, max_risk, delta)
+    plan, floor_indices = _floors(counts.accepted, max_risk, delta)
     # The interval with most accepted rows is chosen after all tests. So the tests share delta
     # (union bound). If each test had all of delta, the guarantee would be broken too often.
     level_without_floor = delta * (1 - plan.level_share * len(floor_indices))
@@ -413,27 +413,33 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Thresho
     return best_threshold
 
 
-def _floor_plan(n: int) -> FloorPlan:
-    """Return the plan for n rows."""
-    return next(plan for plan in FLOOR_PLANS if n >= plan.min_rows)
-
-
-def _floor_indices(n_accepted: Ints, plan: FloorPlan, max_risk: float, delta: float) -> list[int]:
-    """Return the indices of floors with enough rows above for a rejection at the first start."""
-    floor_indices = []
+def _floors(n_accepted: Ints, max_risk: float, delta: float) -> tuple[FloorPlan, list[int]]:
+    """Return the plan for these rows, and the indices of the floors."""
     n = int(n_accepted[-1])
+    plan = next(plan for plan in FLOOR_PLANS if _has_enough_rows(plan, n, max_risk, delta))
     # Floors are chosen by rank. If the wrong answers decided where a floor lies, the rows above the
     # floor would not be independent draws.
-    for floor_share in plan.row_shares:
-        rank = math.ceil(n * floor_share)
-        start_share, start_level_share = plan.start_shares[0]
-        level_at_start = delta * plan.level_share * start_level_share
-        n_needed = n_right_needed(max_risk, level_at_start) + 1
-        n_rows_at_first_start = (n - rank) * start_share
-        if n_rows_at_first_start >= n_needed:
-            floor_index = int(np.searchsorted(n_accepted, rank))
-            floor_indices.append(floor_index)
-    return floor_indices
+    ranks = [_rank_of_floor(n, share) for share in plan.row_shares]
+    floor_indices = np.searchsorted(n_accepted, ranks)
+    return plan, floor_indices.tolist()
+
+
+def _rank_of_floor(n: int, share: float) -> int:
+    """Return how many of n rows a floor leaves for review, without ties."""
+    return math.ceil(n * share)
+
+
+def _has_enough_rows(plan: FloorPlan, n: int, max_risk: float, delta: float) -> bool:
+    """Return whether a rejection is possible above every floor, at the first start."""
+    if n < plan.min_rows:
+        return False
+    for share in plan.row_shares:
+        start_share, level_share = plan.start_shares[0]
+        level = delta * plan.level_share * level_share
+        n_at_start = (n - _rank_of_floor(n, share)) * start_share
+        if n_at_start < n_right_needed(max_risk, level) + 1:
+            return False
+    return True
 
 
 def _count_above_floor(cumulated_counts: Ints, floor_index: int) -> Ints:
