@@ -25,26 +25,31 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 
 SPLITS = 200
+Accept = Callable[[Floats], NDArray[np.bool_]]
+"""Function from uncertainties (N,) to a mask (N,) of accepted rows."""
 
 
-def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
-    """Return a function that calibrates on outcomes, and returns a mask of accepted rows."""
-    return lambda rows, u: vilu.certify(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
+def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes], Accept]:
+    """Return a function that calibrates on outcomes, and returns the rule's ``accept``."""
+    return lambda rows: vilu.certify(rows, max_risk=max_risk, method=method).accept  # type: ignore[arg-type]
 
 
 def replay(
     u: Floats, failure: Ints, method: str, max_risk: float, n_calibration: int
 ) -> dict[str, float]:
     """Calibrate and test on every split, and return the means over the splits."""
-    rule, rng = accepted_by(method, max_risk), np.random.default_rng(0)
+    calibrate, rng = accepted_by(method, max_risk), np.random.default_rng(0)
     coverage, broken, above, shares = [], [], [], []
     for _ in range(SPLITS):
         order = rng.permutation(len(u))
         calibration, test = order[:n_calibration], order[n_calibration:]
         rows = Outcomes(u[calibration], failure[calibration])
-        accepted = rule(rows, u[test])
-        limit = u[test][accepted].max() if accepted.any() else -np.inf
-        everything = u <= limit
+        accept = calibrate(rows)
+        accepted = accept(u[test])
+        everything = accept(u)
+        if method == "selection":  # judges the rows of one call together
+            limit = u[test][accepted].max() if accepted.any() else -np.inf
+            everything = u <= limit
         joint = method == "crc"
         coverage.append(accepted.mean())
         risk = _risk(everything, failure, joint)
