@@ -1,12 +1,12 @@
 """Do floors help against confident mistakes? ``python -m benchmarks.mistakes build/chains``.
 
 The population are all rows of a set, with the scores of ``vilu_plus`` after the last fit in a chain
-(``python -m benchmarks.procedures chains``). *Mistakes*: 4 % of all answers are wrong in addition,
-and all of them are among the most trusted tenth, or the most trusted 30 %. Calibration rows are
-drawn with replacement, so the true risk is known. ``ltt`` is run twice on the same rows, without
-floors and with the floors for this row count. The output has a line per set and kind of mistakes:
-the mean accepted share of the population, and the share of draws whose true risk is above the
-target.
+(``python -m benchmarks.procedures chains``). *Mistakes*: 4 % of all answers are made wrong, and all
+of these are among the most trusted tenth, or the most trusted 30 %. A few were wrong before.
+Calibration rows are drawn with replacement, so the true risk is known. ``ltt`` is run twice on the
+same rows, without floors and with the floors for this row count. The output has a line per set and
+kind of mistakes: the mean accepted share of the population, and the share of draws whose true risk
+is above the target.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def with_mistakes(uncertainty: Floats, failure: Ints, among: float | None, seed:
     trusted = np.argsort(uncertainty, kind="stable")[: int(among * n)]
     rng = np.random.default_rng([seed, 1])
     mistakes = rng.permutation(trusted)[: int(SHARE_OF_MISTAKES * n)]
-    with_mistakes = failure.copy()
-    with_mistakes[mistakes] = 1
-    return with_mistakes
+    labels = failure.copy()
+    labels[mistakes] = 1
+    return labels
 
 
 def measure(
