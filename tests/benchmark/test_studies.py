@@ -182,7 +182,8 @@ def test_means_alone() -> None:
     assert (sheet.cells[2, 0].rank, sheet.cells[1, 0].rank) == ("best", "second")
     shown = make_exhibit(rigged, chosen.views[1], Path("unused"))
     (panel, of_fpr95) = shown.draw().axes
-    assert panel.get_title() == "mean of 2 sets"
+    assert panel.get_title() == "AUROC, mean of 2 sets"
+    assert of_fpr95.get_title() == "FPR95, mean of 2 sets"
     assert panel.get_ylabel() == "AUROC (%), higher is better"
     assert of_fpr95.get_ylabel() == "FPR95 (%), lower is better"
     heights = [line.get_ydata().tolist() for line in panel.get_lines()]

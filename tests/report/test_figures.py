@@ -55,6 +55,19 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
     assert line_styles_of(["energy", "knn_vote"])["knn_vote"] == beside["knn_vote"]
 
 
+def test_no_two_predictors_share_colour_and_dash() -> None:
+    pairs = set()
+    for name in PREDICTORS:
+        (look,) = line_styles_of([name]).values()
+        pairs.add((look.colour, repr(look.dash)))
+    assert len(pairs) == len(PREDICTORS)
+
+
+def test_few_lines_of_settings_differ_without_their_markers() -> None:
+    styles = line_styles_of(["vilu", "mcm", *(f"setting {number}" for number in range(30))])
+    assert len({(look.colour, repr(look.dash)) for look in styles.values()}) == len(styles)
+
+
 def test_a_variant_has_the_colour_of_its_method_with_another_dash() -> None:
     styles = line_styles_of(["vilu", "vilu + MCM input", "vilu_plus", "vilu_plus_unlabelled"])
     assert styles["vilu + MCM input"].colour == styles["vilu"].colour
@@ -83,10 +96,14 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     figure = draw_curves([Panel("set", "AUROC", lines)], "labels a class", log=True)
     (axes,) = figure.axes
     assert axes.get_legend() is None
-    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
     assert sorted(heights, key=lambda name: heights[name]) == ["mcm", "vilu", "vilu_plus"]
     gaps = np.diff(sorted(heights.values()))
     assert (gaps > LABEL_HEIGHT - 1e-9).all()
+    bottom, top = axes.get_ylim()
+    # a thin line leads to a label from the last value
+    ends = {text.get_text(): bottom + text.xy[1] * (top - bottom) for text in axes.texts}
+    assert ends == pytest.approx({"mcm": 90, "vilu": 90.1, "vilu_plus": 95})
     assert len(axes.collections) == 3  # a band for every line
 
 
@@ -94,7 +111,7 @@ def test_labels_of_lines_stay_beside_their_plot() -> None:
     x = [1.0, 5.0]
     lines = [Series(f"method {i}", x, [0.5, 0.98], [0.5, 0.98], [0.5, 0.98]) for i in range(8)]
     (axes,) = draw_curves([Panel("set", "AUROC", lines)], "labels", title="Many", log=False).axes
-    heights = [text.xy[1] for text in axes.texts]
+    heights = [text.xyann[1] for text in axes.texts]
     assert max(heights) <= 1 + 1e-9
     assert np.diff(sorted(heights)) == pytest.approx(LABEL_HEIGHT)
 
@@ -108,7 +125,7 @@ def test_a_scatter_has_labels_where_its_lines_end_and_a_title() -> None:
     (axes,) = figure.axes
     assert axes.get_legend() is None
     bottom, top = axes.get_ylim()
-    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
     # the least-squares line through (60, 70), (80, 80) and (90, 90) ends at 88.57
     assert bottom + heights["vilu"] * (top - bottom) == pytest.approx(88.57, abs=0.01)
     assert bottom + heights["mcm"] * (top - bottom) == pytest.approx(75)

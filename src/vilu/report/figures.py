@@ -348,7 +348,7 @@ def _write_line_labels(
     """Write every line's label to the right of the plot, at the height where the line ends.
 
     ``last_values`` maps a label to the line's last value, as a fraction. Overlapping labels are
-    moved apart.
+    moved apart. A thin line leads from the value at the edge of the plot to the label.
     """
     bottom, top = axis.get_ylim()  # in percent
     axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
@@ -357,11 +357,23 @@ def _write_line_labels(
         heights[label] = (100 * value - bottom) / (top - bottom)
     spaced_heights = _spaced_heights(heights, LABEL_HEIGHT)
     for label, height in spaced_heights.items():
+        colour = line_styles[label].colour
+        leader = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.6,
+            "relpos": (0, 0.5),  # it ends at the middle of the label's left edge
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         axis.annotate(
             label,
-            (1.02, height),
+            (1.0, heights[label]),
+            xytext=(1.06, height),
             xycoords="axes fraction",
-            color=line_styles[label].colour,
+            textcoords="axes fraction",
+            arrowprops=leader,
+            color=colour,
             fontsize=8,
             verticalalignment="center",
             annotation_clip=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vilu.artifacts.disk import write_bytes
 from vilu.extras import import_extra
+from vilu.predictors import METHODS, PREDICTORS
+from vilu.registry import names_of_bench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - other modules import it here
@@ -31,17 +33,23 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-MAIN_METHODS = (
-    "vilu_plus",
-    "mcm",
-    "vilu_zero",
-    "linear_probe",
-    "lvu",
-    "vilu",
-    "class_gaussians",
-    "margin",
+STYLED_METHODS = (
+    ("vilu_plus", "vilu_plus_unlabelled"),
+    ("mcm", "gda_and_zero_shot"),
+    ("vilu_zero", "otter"),
+    ("linear_probe", "linear_probe_cv"),
+    ("lvu", "tip_adapter"),
+    ("vilu", "vilu_paper"),
+    ("class_gaussians", "probe_and_zero_shot"),
+    ("margin", "stata"),
 )
-"""Methods with their own colour, in ``COLOURS`` order. Other methods share the colours."""
+"""Methods with a fixed style: for every colour in ``COLOURS``, a solid line and a dash-dotted line.
+
+No other line is solid or dash-dotted.
+"""
+SOLID, DASH_DOTTED = "-", "-."
+MAIN_METHODS = tuple(solid for solid, _ in STYLED_METHODS)
+"""Methods with a solid line. A variant of such a method has the method's colour."""
 
 DPI = 150
 """Pixels per inch of a figure in PNG or WebP."""
@@ -104,47 +112,85 @@ class LineStyle:
 def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
     """Map the label of every line in a figure to a line style.
 
-    The style depends on the label, so a method looks the same in every figure. Each method in
-    ``MAIN_METHODS`` has a separate colour and a solid line. If a label only begins with such a
-    name, for example "vilu + MCM input", it has the method's colour and a dashed line. Two lines in
-    a figure have the same style only if no possible style is free.
+    A predictor looks the same in every figure, and no other predictor has the same colour and dash.
+    The methods in ``STYLED_METHODS`` have fixed styles. If a label only begins with the name of one
+    of the ``MAIN_METHODS``, for example "vilu + MCM input", it has the method's colour and another
+    dash. Two lines in a figure differ in colour or dash, or in the marker if there are too many
+    lines for that. They have the same style only if no possible style is free.
     """
-    line_styles: dict[str, LineStyle] = {}
-    taken_styles: set[LineStyle] = set()
-    for label in sorted(set(labels)):
-        candidates = _possible_styles(label)
-        free_styles = (line_style for line_style in candidates if line_style not in taken_styles)
-        line_style = next(free_styles, candidates[0])
-        line_styles[label] = line_style
-        taken_styles.add(line_style)
-    return line_styles
+    # the names from vilu-bench count in any case, so an installation changes no figure
+    names = [*METHODS, *names_of_bench()[PREDICTORS.group]]
+    styles_of_methods = _add_styles({}, names)
+    line_styles = {}
+    other_labels = []
+    for label in set(labels):
+        if label in styles_of_methods:
+            line_styles[label] = styles_of_methods[label]
+        else:
+            other_labels.append(label)
+    return _add_styles(line_styles, other_labels)
+
+
+def _add_styles(
+    line_styles: Mapping[str, LineStyle], labels: Iterable[str]
+) -> dict[str, LineStyle]:
+    """Give every label a style that no other line has, and return all styles."""
+    all_styles = dict(line_styles)
+    for label in sorted(labels):
+        all_styles[label] = _free_style(_possible_styles(label), set(all_styles.values()))
+    return all_styles
+
+
+def _free_style(candidates: Sequence[LineStyle], taken_styles: Set[LineStyle]) -> LineStyle:
+    """Choose the first style with a free pair of colour and dash, else the first free style.
+
+    If no style is free, the first style is chosen.
+    """
+    taken_pairs = {(line_style.colour, line_style.dash) for line_style in taken_styles}
+    for line_style in candidates:
+        if (line_style.colour, line_style.dash) not in taken_pairs:
+            return line_style
+    for line_style in candidates:
+        if line_style not in taken_styles:
+            return line_style
+    return candidates[0]
 
 
 def _possible_styles(label: str) -> list[LineStyle]:
     """Return the possible styles for a line, the preferred style first."""
-    line_styles = []
-    colours = list(COLOURS[1:])  # the first colour is only for the first of ``MAIN_METHODS``
+    fixed_style = _fixed_style(label)
+    if fixed_style is not None:
+        return [fixed_style]
+    colours: tuple[str, ...] = COLOURS[1:]  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
     if method is not None:
-        index = MAIN_METHODS.index(method)
-        colours = [COLOURS[index]]
-        if label == method:
-            preferred_style = LineStyle(COLOURS[index], DASHES[0], MARKERS[index])
-            line_styles.append(preferred_style)
+        colours = (COLOURS[MAIN_METHODS.index(method)],)
     # Styles are numbered. The label's hash is the number of its first style, and the next numbers
     # are its further styles. From number to number, colours, dashes and markers change at different
     # rates.
     label_bytes = label.encode("utf-8", "backslashreplace")
     first_number = zlib.crc32(label_bytes)
-    n_numbers = 3 * len(colours) * len(DASHES) * len(MARKERS)  # after these, the styles repeat
-    dashed = DASHES[1:]  # solid lines are left to the main methods
+    dashed = DASHES[1:]
+    n_numbers = 3 * len(colours) * len(dashed) * len(MARKERS)  # after these, the styles repeat
+    line_styles = []
     for number in range(first_number, first_number + n_numbers):
         colour = colours[number % len(colours)]
         dash = dashed[number // len(colours) % len(dashed)]
         marker = MARKERS[number // 3 % len(MARKERS)]
-        line_style = LineStyle(colour, dash, marker)
-        line_styles.append(line_style)
+        if dash != DASH_DOTTED:
+            line_style = LineStyle(colour, dash, marker)
+            line_styles.append(line_style)
     return line_styles
+
+
+def _fixed_style(label: str) -> LineStyle | None:
+    """Return the style of one of the ``STYLED_METHODS``. None if the label is no such method."""
+    for colour, marker, (solid, dash_dotted) in zip(COLOURS, MARKERS, STYLED_METHODS, strict=True):
+        if label == solid:
+            return LineStyle(colour, SOLID, marker)
+        if label == dash_dotted:
+            return LineStyle(colour, DASH_DOTTED, marker)
+    return None
 
 
 def _main_method(label: str) -> str | None:

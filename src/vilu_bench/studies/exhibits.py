@@ -158,16 +158,25 @@ def _panels(
         for line_label, points in lines.items():
             line_title = title_of(board.config, line_field, line_label)
             series.append(_series(board, line_title, points))
-        panel_title = _panel_title(board, view, panel_field, panel_label)
+        panel_title = _panel_title(board, view, panel_field, panel_label, metric)
         panels.append(Panel(panel_title, _axis_label(metric), series))
     return panels
 
 
-def _panel_title(board: Board, view: CurveView | ScatterView, field: str, label: str) -> str:
-    """Return a panel's title. The title for a mean says how many data sets are averaged."""
+def _panel_title(
+    board: Board, view: CurveView | ScatterView, field: str, label: str, metric_name: str
+) -> str:
+    """Return a panel's title: the metric, and for example the data set.
+
+    The title for a mean says how many data sets are averaged.
+    """
+    metric_title = METRICS[metric_name].title
+    if field == "metric":
+        return metric_title
+    subject = title_of(board.config, field, label)
     if field == "data" and label == DATA_OF_MEAN:
-        return f"mean of {len(view.mean)} sets"
-    return title_of(board.config, field, label)
+        subject = f"mean of {len(view.mean)} sets"
+    return f"{metric_title}, {subject}"
 
 
 def _axis_label(metric_name: str) -> str:
