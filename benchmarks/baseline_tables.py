@@ -2,6 +2,8 @@
 
     python -m benchmarks.baseline_tables CELLS.jsonl [--without imagenet cars] [--divisions 1]
 
+CELLS.jsonl may be compressed (CELLS.jsonl.xz).
+
 The first table has AUROC for failures and FPR95 in percent, averaged over divisions and then over
 sets. A column is a label count. A method has an entry in a column if every set in the table has a
 cell of the method there. Brackets are 95 % bootstrap intervals over the test rows: resample number
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +66,7 @@ class Cells(NamedTuple):
     def read(cls, file: Path, n_divisions: int) -> Cells:
         """Read the cells in the first ``n_divisions`` divisions from a file."""
         lines: dict[Column, dict[tuple[str, int], Line]] = {}
-        content = file.read_text()
-        for text in content.splitlines():
+        for text in read_lines(file):
             line = json.loads(text)
             name, n_labels, division, method = line["cell"]
             if division >= n_divisions:
@@ -88,6 +90,13 @@ class Cells(NamedTuple):
             if measured_sets >= set(names):
                 complete.append(column)
         return complete
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read a text file's lines. A file whose name ends in ``.xz`` is decompressed."""
+    opener = lzma.open if file.suffix == ".xz" else open
+    with opener(file, "rt", encoding="utf-8") as handle:
+        return handle.read().splitlines()
 
 
 def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) -> Floats:
@@ -195,6 +204,11 @@ def heading_text(n_labels: int) -> str:
     return {WITHOUT_LABELS: "no label", 0: "all labels"}.get(n_labels, f"{n_labels} a class")
 
 
+def without_cars(names: Sequence[str]) -> list[str]:
+    """Leave out the cars, the set that was measured last."""
+    return [name for name in names if name != "cars"]
+
+
 def print_tables(cells: Cells, names: Sequence[str]) -> None:
     """Print all tables for some sets."""
     complete = set(cells.columns(names))
@@ -227,10 +241,13 @@ def print_tables(cells: Cells, names: Sequence[str]) -> None:
             entries.append(gain_text(cells, column, keys) if column in complete else "")
         if method != OURS and any(entries):
             print(f"| {method} | {' | '.join(entries)} |")
+    with_texts = [name for name in names if name not in PROTOTYPES]
     groups = {
         f"all {len(names)} sets": names,
+        "without cars": without_cars(names),
         "not in view": [name for name in names if name not in DEVELOPMENT_SETS],
-        "texts are no prototypes": [name for name in names if name not in PROTOTYPES],
+        "texts are no prototypes": with_texts,
+        "texts are no prototypes, without cars": without_cars(with_texts),
     }
     print(f"\n| above the best baseline | {header} |\n{'|---' * (len(labelled) + 1)}|")
     for title, group in groups.items():

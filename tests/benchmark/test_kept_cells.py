@@ -21,7 +21,7 @@ TABLES = {
     ],
     "docs/clip.md": [
         "benchmarks.baseline_tables",
-        CELLS / "baselines.jsonl",
+        CELLS / "baselines.jsonl.xz",
         "--divisions",
         "5",
         "--without",

@@ -108,6 +108,8 @@ def parquet_bytes(
 ) -> bytes:
     """Encode columns of equal length as a Parquet file with plain JSON metadata in the schema.
 
+    "snappy" is fast, and "zstd" gives small files.
+
     Every page has a checksum. The checksums do not cover the footer and the page headers. Therefore
     the metadata also have a digest, which covers all columns and all other metadata.
     """
@@ -121,13 +123,21 @@ def parquet_bytes(
     buffer = BytesIO()
     schema_metadata = {METADATA_KEY: plain_json(content)}
     sealed_table = table.replace_schema_metadata(schema_metadata)
-    repetitive_columns = [name for name in table.column_names if _is_repetitive(table[name])]
+    columns_with_dictionary = []
+    level = None
+    if compression == "zstd":
+        level = 19  # the highest common level. zstd finds repeated values best without a dictionary
+    else:
+        columns_with_dictionary = [
+            name for name in table.column_names if _is_repetitive(table[name])
+        ]
     pyarrow.parquet.write_table(
         sealed_table,
         buffer,
         compression=compression,
+        compression_level=level,
         write_page_checksum=True,
-        use_dictionary=repetitive_columns,
+        use_dictionary=columns_with_dictionary,
     )
     return buffer.getvalue()
 
