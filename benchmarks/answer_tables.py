@@ -1,11 +1,9 @@
 """Tables that compare a method's own answers with zero-shot answers and with simple mixes.
 
-    python -m benchmarks.answer_tables CELLS.jsonl [--resamples 1000]
+    python -m benchmarks.answer_tables SUMMARY.json.xz
 
-``benchmarks.answers`` writes CELLS.jsonl. Divisions with a missing cell are left out. Values are
-means over divisions, then over sets. Intervals are 95 % percentile intervals from 1,000 resamples.
-A resample draws from all rows of a set. The set's divisions, methods and label counts share the
-resample, so differences are paired. Methods are not fitted again.
+``benchmarks.answer_summary`` writes SUMMARY.json.xz. Values are means over divisions, then over
+sets. Intervals are 95 % percentile intervals from the summary's resamples.
 
 The *best mix* for a set and a label count is ``mix`` or ``pool``: the mix with more coverage at a
 5 % risk on the test rows. So hindsight favours the mixes.
@@ -14,31 +12,14 @@ The *best mix* for a set and a label count is ``mix`` or ``pool``: the mix with 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.answers import LABELS, RISKS
+from benchmarks.answer_summary import CHOICES, MEASURES, Notes, Reading, Summary, load
+from benchmarks.answers import ANSWERS, LABELS, RISKS
 from vilu.metrics.bootstrap import Quantity
-from vilu.metrics.counts import Floats, Ints, TieCounts
-from vilu.metrics.selective import coverage_at_risk_kernel
-
-ANSWERS = {
-    "mcm": "zero-shot, MCM",
-    "zero_shot": "zero-shot, ViLU+",
-    "adapted": "adapted, ViLU+",
-    "chosen": "chosen, ViLU+",
-    "zero_shot_images": "zero-shot, ViLU+ with images",
-    "adapted_images": "adapted, ViLU+ with images",
-    "chosen_images": "chosen, ViLU+ with images",
-    "probe": "linear probe's own",
-    "mix": "mix of probabilities",
-    "pool": "pool of log probabilities",
-}
-"""Maps a method to the name in the tables."""
 
 TITLES = {
     "imagenet1k": "ImageNet ‡ (training images)",
@@ -58,117 +39,24 @@ choice afterwards (docs/readings.md).
 """
 
 MARK = "†"
-MODEL = "_b32"  # suffix in the file names
-NOT_COMPARED = "nothing was compared"  # text in a choice's reason
 
 APART = "imagenet1k"
 """A set with training images. The tables have means with and without this set."""
 
-Measure = float | str
-"""A risk, for the coverage at this risk, or "accuracy"."""
-
-MEASURES: tuple[Measure, ...] = ("accuracy", *RISKS)
+COVERAGE = str(RISKS[0])  # the coverage at the smallest risk
 PAIRS = (("adapted", "zero_shot"), ("adapted", "best_mix"), ("chosen", "zero_shot"))
-
-
-class Certified(NamedTuple):
-    """Rules at a given risk: coverages, and whether the risks on test rows are larger."""
-
-    coverage: Floats
-    above: Ints
-
-
-class Reading(NamedTuple):
-    """A method's results on a set with a label count, over the divisions."""
-
-    values: dict[Measure, Quantity]
-    certified: tuple[Certified, ...]  # an entry for each risk
-    seconds: float  # median time for a fit
-
-
-def measured(cell: dict[str, Any], method: str, weights: Ints) -> dict[Measure, Quantity]:
-    """Return a method's accuracy and coverages in a cell, resampled by row ``weights`` (R, N)."""
-    rank = np.array(cell["methods"][method]["rank"])
-    failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
-    order = rank.argsort(kind="stable")
-    steps = np.diff(rank[order], prepend=-1)
-    starts = np.flatnonzero(steps)
-    own = np.ones((1, len(rank)), dtype=np.int64)  # the original sample is the first resample
-    weights = np.concatenate([own, weights[:, cell["rows"]]])[:, order]
-    wrong = np.add.reduceat(weights * failure[order], starts, axis=1)
-    size = np.add.reduceat(weights, starts, axis=1)
-    positions = np.arange(len(starts), dtype=np.float64)
-    counts = TieCounts(positions, size - wrong, wrong)
-    values: dict[Measure, Floats] = {"accuracy": counts.n_correct / counts.n}
-    for risk in RISKS:
-        values[risk] = coverage_at_risk_kernel(counts, risk)
-    return {name: Quantity(float(drawn[0]), drawn[1:]) for name, drawn in values.items()}
-
-
-def reading(cells: Sequence[dict[str, Any]], method: str, weights: Ints) -> Reading:
-    """Return a method's results, as means over the divisions of a set."""
-    of_division = [measured(cell, method, weights) for cell in cells]
-    values = {}
-    for measure in MEASURES:
-        values[measure] = Quantity.mean([quantities[measure] for quantities in of_division])
-    certified = []
-    for index, risk in enumerate(RISKS):
-        rules = [cell["methods"][method]["certified"][index] for cell in cells]
-        coverage = np.array([rule["coverage"] for rule in rules])
-        above = np.array([(rule["risk"] or 0.0) > risk for rule in rules], dtype=np.int64)
-        certified_at_risk = Certified(coverage, above)
-        certified.append(certified_at_risk)
-    seconds = float(np.median([cell["methods"][method]["seconds"] for cell in cells]))
-    return Reading(values, tuple(certified), seconds)
-
 
 Readings = dict[tuple[str, int, str], Reading]
 """Maps a set, a label count and a method to the results."""
 
 
-class Cells(NamedTuple):
-    """The cells of a file."""
-
-    by_key: dict[tuple[str, int, int], dict[str, Any]]  # set, label count, division
-    names: list[str]  # set names
-    divisions: list[int]  # the divisions without a missing cell
-
-    @classmethod
-    def load(cls, path: Path) -> Cells:
-        """Read a file written by ``benchmarks.answers``."""
-        by_key = {}
-        text = path.read_text()
-        for line in text.splitlines():
-            cell = json.loads(line)
-            name = cell["name"].removesuffix(MODEL)
-            by_key[name, cell["n_labels"], cell["division"]] = cell
-        present = {key[0] for key in by_key}
-        names = [name for name in TITLES if name in present]
-        divisions = []
-        for division in sorted({key[2] for key in by_key}):
-            if all((name, n, division) in by_key for name in names for n in LABELS):
-                divisions.append(division)
-        return cls(by_key, names, divisions)
-
-    def of(self, name: str, n_labels: int) -> list[dict[str, Any]]:
-        """Return the cells for a set and a label count."""
-        return [self.by_key[name, n_labels, division] for division in self.divisions]
-
-
-def read(cells: Cells, resamples: int) -> Readings:
-    """Compute the results for all methods on all sets."""
-    readings: Readings = {}
-    for number, name in enumerate(cells.names):
-        n = cells.of(name, LABELS[0])[0]["n"]
-        rng = np.random.default_rng(number)
-        equal_shares = np.full(n, 1 / n)
-        weights = rng.multinomial(n, equal_shares, size=resamples)
+def readings_with_best_mix(summary: Summary) -> Readings:
+    """Return the summary's readings, and the better mix as the method ``best_mix``."""
+    readings = dict(summary.readings)
+    for name in summary.names:
         for n_labels in LABELS:
-            of_set = cells.of(name, n_labels)
-            for method in ANSWERS:
-                readings[name, n_labels, method] = reading(of_set, method, weights)
             mixes = [readings[name, n_labels, method] for method in ("mix", "pool")]
-            best = max(mixes, key=lambda mix: mix.values[RISKS[0]].value)
+            best = max(mixes, key=lambda mix: mix.values[COVERAGE].value)
             readings[name, n_labels, "best_mix"] = best
     return readings
 
@@ -179,7 +67,7 @@ def difference(
     """Average over sets how far the first method's coverage at 5 % exceeds the second's."""
     differences = []
     for name in names:
-        first, second = (readings[name, n_labels, method].values[RISKS[0]] for method in pair)
+        first, second = (readings[name, n_labels, method].values[COVERAGE] for method in pair)
         differences.append(first - second)
     return Quantity.mean(differences)
 
@@ -209,10 +97,10 @@ def means_table(readings: Readings, names: Sequence[str]) -> list[str]:
             above = []
             for index in range(len(RISKS)):
                 rules = [of_set.certified[index] for of_set in of_sets]
-                coverages = [rule.coverage.mean() for rule in rules]
+                coverages = [np.mean(rule.coverage) for rule in rules]
                 coverage = np.mean(coverages)
                 row.append(f"{100 * coverage:.1f}")
-                n_above = sum(int(rule.above.sum()) for rule in rules)
+                n_above = sum(sum(rule.above) for rule in rules)
                 above.append(str(n_above))
             n_rules = sum(len(of_set.certified[0].above) for of_set in of_sets)
             above_in_words = ", ".join(above)
@@ -235,7 +123,7 @@ def short_table(readings: Readings, names: Sequence[str]) -> list[str]:
         for n_labels in LABELS:
             of_sets = [readings[name, n_labels, method].values for name in names]
             accuracy = Quantity.mean([values["accuracy"] for values in of_sets])
-            coverage = Quantity.mean([values[RISKS[0]] for values in of_sets])
+            coverage = Quantity.mean([values[COVERAGE] for values in of_sets])
             ends = coverage.interval(0.95)
             interval = f"<sub>[{100 * ends.ci_low:.1f}, {100 * ends.ci_high:.1f}]</sub>"
             row.append(f"{100 * accuracy.value:.1f}")
@@ -297,21 +185,20 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def notes_table(cells: Cells) -> list[str]:
+def notes_table(summary: Summary) -> list[str]:
     """Return table lines that count cells: compared, zero-shot chosen, and mixes cross-fitted."""
     lines = [
         "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
         "|---|---|---|---|---|---|",
     ]
     for n_labels in LABELS:
-        notes = []
-        for name in cells.names:
-            notes += [cell["notes"] for cell in cells.of(name, n_labels)]
-        compared = [note for note in notes if NOT_COMPARED not in note["choice"][1]]
-        row = [str(n_labels or "all"), str(len(notes)), str(len(compared))]
-        for key in ("choice", "choice_images"):
-            row.append(str(sum(note[key][0] == "zero_shot" for note in notes)))
-        row.append(str(sum(note["cross_fitted"] for note in notes)))
+        of_sets: list[Notes] = [summary.notes[name, n_labels] for name in summary.names]
+        row = [str(n_labels or "all")]
+        row.append(str(sum(notes.n_cells for notes in of_sets)))
+        row.append(str(sum(notes.n_compared for notes in of_sets)))
+        for number in range(len(CHOICES)):
+            row.append(str(sum(notes.n_zero_shot[number] for notes in of_sets)))
+        row.append(str(sum(notes.n_cross_fitted for notes in of_sets)))
         cells_of_row = " | ".join(row)
         lines.append(f"| {cells_of_row} |")
     return lines
@@ -320,14 +207,13 @@ def notes_table(cells: Cells) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print all tables as Markdown."""
     parser = argparse.ArgumentParser(description="What adapted answers gain: tables.")
-    parser.add_argument("cells", type=Path, help="file that benchmarks.answers wrote")
-    parser.add_argument("--resamples", type=int, default=1_000)
+    parser.add_argument("summary", type=Path, help="file that benchmarks.answer_summary wrote")
     options = parser.parse_args(arguments)
-    cells = Cells.load(options.cells)
-    names = cells.names
+    summary = load(options.summary)
+    names = [name for name in TITLES if name in summary.names]
     without = [name for name in names if name != APART]
-    print(f"Divisions: {cells.divisions}; sets: {len(names)}.\n")
-    readings = read(cells, options.resamples)
+    print(f"Divisions: {summary.divisions}; sets: {len(names)}.\n")
+    readings = readings_with_best_mix(summary)
     sections = {
         "Short, all sets": short_table(readings, names),
         "Short, without ImageNet": short_table(readings, without),
@@ -337,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pair in PAIRS:
         sections[f"{pair[0]} − {pair[1]}"] = differences_table(readings, names, pair)
     sections["What chosen answers keep"] = kept_table(readings, names)
-    sections["Cells"] = notes_table(cells)
+    sections["Cells"] = notes_table(summary)
     for title, lines in sections.items():
         print(f"## {title}\n")
         print("\n".join(lines), end="\n\n")

@@ -1,7 +1,8 @@
 """Measures the gain of a method's own answers over zero-shot answers and over simple mixes.
 
     python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
-    python -m benchmarks.answer_tables CELLS.jsonl
+    python -m benchmarks.answer_summary CELLS.jsonl SUMMARY.json.xz
+    python -m benchmarks.answer_tables SUMMARY.json.xz
 
 ARRAYS is a folder of ``.npz`` files with ``image``, ``text`` and ``target`` (CLIP's logit scale is
 100). A seed divides each set into halves. Methods are fitted on labels from the first half, with a
@@ -14,6 +15,7 @@ given number of labels per class (0: all labels). The tests are on the second ha
 - ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
   images of the first half, without labels.
 - ``probe``: the linear probe's answers, judged by the probe.
+- ``gda_and_zero_shot``, ``tip_adapter``: likewise.
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
 A *cell* is a set, a label count and a division. Every cell is a line of CELLS.jsonl. For every
@@ -48,6 +50,25 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.contract.held_out import JudgedAnswers
 from vilu.predictors.contract.predictor import FailurePredictor
+
+ANSWERS = {
+    "mcm": "zero-shot, MCM",
+    "zero_shot": "zero-shot, ViLU+",
+    "adapted": "adapted, ViLU+",
+    "chosen": "chosen, ViLU+",
+    "zero_shot_images": "zero-shot, ViLU+ with images",
+    "adapted_images": "adapted, ViLU+ with images",
+    "chosen_images": "chosen, ViLU+ with images",
+    "probe": "linear probe's own",
+    "gda_and_zero_shot": "`gda_and_zero_shot`, own",
+    "tip_adapter": "`tip_adapter`, own",
+    "mix": "mix of probabilities",
+    "pool": "pool of log probabilities",
+}
+"""Maps a method to the name in the tables."""
+
+FEW_SHOT = ("gda_and_zero_shot", "tip_adapter")
+"""Predictors in ``vilu_bench`` that are measured with their own answers."""
 
 RISKS = (0.05, 0.1, 0.2)
 RISK_OF_CHOICE = RISKS[0]
@@ -151,6 +172,11 @@ def measure(
     judged["probe"] = outcomes_of(probe, new_data)
     judged |= judged_by_mixes(experts(probe, new_data), weights, arrays.target[new_rows])
     seconds |= {"probe": time_fitted - start, "mix": time_mixed - start, "pool": time_mixed - start}
+    for name in FEW_SHOT:
+        start = time.perf_counter()
+        baseline = vilu.PREDICTORS[name](answer="adapted").fit(train)
+        seconds[name] = time.perf_counter() - start
+        judged[name] = outcomes_of(baseline, new_data)
     notes |= {"mix": weights.mix, "pool": weights.pool.tolist()}
     notes["cross_fitted"] = weights.cross_fitted
     return FitAnswers(judged, seconds, notes)

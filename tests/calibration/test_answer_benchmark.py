@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import answer_guarantees, answer_tables, answers
+from benchmarks import answer_guarantees, answer_summary, answer_tables, answers
 from benchmarks.mixes import experts, fit_weights, judged_by_mixes, linear_probe
 
 import vilu
@@ -63,10 +64,54 @@ def test_a_run_is_taken_up_again_and_shown(
     answers.main([str(tmp_path), str(cells), "--divisions", "1"])
     assert cells.read_text() == written
     assert not capsys.readouterr().out
-    answer_tables.main([str(cells), "--resamples", "20"])
+    summary = tmp_path / "summary.json.xz"
+    answer_summary.main([str(cells), str(summary), "--resamples", "20"])
+    capsys.readouterr()
+    answer_tables.main([str(summary)])
     shown = capsys.readouterr().out
     assert "Divisions: [0]; sets: 1." in shown
     assert "| all | adapted, ViLU+ | 100.0 [100.0, 100.0] |" in shown
+
+
+def line_of(n_labels: int, division: int, failure: str) -> str:
+    """Return a cell's line: four rows, of which ``rank`` trusts the first most."""
+    rules = [{"coverage": 0.5, "risk": risk} for risk in (0.0, 0.2, None)]
+    result = {"rank": [0, 1, 2, 3], "failure": failure, "certified": rules, "seconds": 2.0}
+    reason = "the labels are few: nothing was compared"
+    cell = {
+        "name": "cifar10_b32",
+        "n_labels": n_labels,
+        "division": division,
+        "n": 8,
+        "rows": [0, 2, 4, 6],
+        "methods": dict.fromkeys(answers.ANSWERS, result),
+        "notes": {
+            "choice": ["adapted", "80 % interval"],
+            "choice_images": ["zero_shot", reason],
+            "cross_fitted": True,
+        },
+    }
+    return json.dumps(cell)
+
+
+def test_a_summary_keeps_what_its_cells_say(tmp_path: Path) -> None:
+    lines = []
+    for n_labels in answers.LABELS:
+        lines.append(line_of(n_labels, 0, "0001"))
+        lines.append(line_of(n_labels, 1, "0100"))
+    lines.append(line_of(1, 2, "1111"))  # a division without the other label counts
+    file = tmp_path / "summary.json.xz"
+    answer_summary.save(answer_summary.summarise(lines, resamples=50), file)
+    summary = answer_summary.load(file)
+    assert summary.divisions == [0, 1]
+    reading = summary.readings["cifar10", 16, "adapted"]
+    assert reading.values["accuracy"].value == 0.75
+    assert reading.values["0.05"].value == (0.75 + 0.25) / 2
+    draws = reading.values["accuracy"].draws
+    assert len(draws) == 50
+    assert 0 < draws.min() < 0.75 < draws.max() <= 1  # rows 0, 2, 4 and 6 are resampled
+    assert [rules.above for rules in reading.certified] == [[0, 0], [1, 1], [0, 0]]
+    assert summary.notes["cifar10", 16] == (2, 2, [0, 2], 2)
 
 
 def test_a_rule_is_broken_where_its_population_says_so() -> None:
