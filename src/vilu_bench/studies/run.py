@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import logging
 import multiprocessing
+import os
 import re
 import signal
 import threading
@@ -13,8 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -30,7 +31,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.process import keep_freed_memory
-from vilu.progress import SilentProgress, reporting, track
+from vilu.progress import reporting, track
 from vilu.registry import load_plugin, plugins
 from vilu.scoring.score import score
 from vilu.store.executors.local import ctrl_c_blocked, end_with_driver
@@ -56,6 +57,13 @@ from vilu_bench.studies.fit import (
     predictor_of,
     refusal_from,
 )
+from vilu_bench.studies.progress import (
+    REPORT_SECONDS,
+    WAITS,
+    CellReporter,
+    Report,
+    StudyProgress,
+)
 from vilu_bench.studies.result import (
     CellResult,
     Refusal,
@@ -70,15 +78,18 @@ from vilu_bench.studies.stores import Part, find_second_stores, make_stores, req
 logger = logging.getLogger("vilu.bench")
 
 
-def run_group(study_data: StudyData, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
+def run_group(
+    study_data: StudyData, cells: Sequence[Cell], root: Path, report: Report
+) -> Iterator[Cell]:
     """Fit, score and evaluate cells with a common fit, and write the results.
 
     If a method refuses a cell, the refusal is written as the result. Every cell is yielded after
-    the result is written.
+    the result is written. ``report`` gets what runs.
     """
     fit_results: dict[FitInputs, FitResult] = {}
     for cell in cells:
-        with cell_named_in_errors(cell), limit_to_one_thread(), reporting(SilentProgress()):
+        reporter = CellReporter(cell, report)
+        with cell_named_in_errors(cell), limit_to_one_thread(), reporting(reporter):
             refusal = refuse_other_classes(study_data, cell)
             if refusal is not None:
                 predictor = predictor_of(study_data.config, cell)
@@ -244,6 +255,9 @@ def limit_to_one_thread(
 StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 """Arguments for a ``StudyData``: the benchmark, the first model's stores, and the second's."""
 
+Reports = SimpleQueue[tuple[int, str]]
+"""Queue from the workers to the driver, with process numbers and what the processes do."""
+
 
 class CellRunner:
     """Runs the cells of several benchmarks, benchmark by benchmark, in ``jobs`` processes.
@@ -256,6 +270,7 @@ class CellRunner:
     def __init__(self, data_of_studies: Sequence[StudyData], jobs: int) -> None:
         self._data_of_studies = data_of_studies
         self._pool = None
+        self._reports: Reports | None = None
         self._children_before = set(multiprocessing.active_children())
         if jobs > 1:
             # a fork would copy the locks of torch's threads
@@ -267,8 +282,9 @@ class CellRunner:
                 second_folders = dict(study_data.second_folders)
                 data_arguments.append((study_data.config, folders, second_folders))
             modules = plugins()
+            self._reports = context.SimpleQueue()
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (modules, data_arguments)
+                jobs, context, _start_worker, (modules, data_arguments, self._reports)
             )
 
     def __enter__(self) -> Self:
@@ -284,21 +300,43 @@ class CellRunner:
                 worker.terminate()
                 worker.join()
 
-    def run(self, study_index: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
+    def run(
+        self,
+        study_index: int,
+        groups: Sequence[Sequence[Cell]],
+        root: Path,
+        progress: StudyProgress,
+    ) -> Iterator[Cell]:
         """Run groups of cells with a common fit. Yield every cell after writing its files.
 
-        ``study_index`` is the index of the cells' benchmark in ``data_of_studies``.
+        ``study_index`` is the index of the cells' benchmark in ``data_of_studies``. ``progress``
+        shows what runs.
         """
-        if self._pool is None:
+        if self._pool is None or self._reports is None:
+
+            def show_at_once(text: str) -> None:
+                progress.report(os.getpid(), text)
+                progress.show()
+
             for cells in groups:
-                yield from run_group(self._data_of_studies[study_index], cells, root)
+                study_data = self._data_of_studies[study_index]
+                yield from run_group(study_data, cells, root, show_at_once)
             return
         with ctrl_c_blocked():  # the workers start here, and must not get Ctrl-C
-            futures = [
+            waiting = {
                 self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
-            ]
-        for future in concurrent.futures.as_completed(futures):
-            yield from future.result()
+            }
+        while waiting:
+            finished, waiting = concurrent.futures.wait(
+                waiting, REPORT_SECONDS, concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                yield from future.result()
+            while not self._reports.empty():
+                process_id, text = self._reports.get()
+                progress.report(process_id, text)
+            if not finished:
+                progress.show()
 
 
 def run_cells(
@@ -313,24 +351,24 @@ def run_cells(
         root: The run folder.
         n_done: Number of cells finished before.
     """
-    started = time.monotonic()
     n_cells = sum(map(len, groups))
     with track("benchmark", n_done + n_cells, "cells") as task:
         task.advance(n_done)
-        for n_run_cells, cell in enumerate(runner.run(study_index, groups, root), start=1):
-            seconds_per_cell = (time.monotonic() - started) / n_run_cells
-            seconds_left = seconds_per_cell * (n_cells - n_run_cells)
-            time_left = timedelta(seconds=round(seconds_left))
-            task.advance(1, f"{60 / seconds_per_cell:.0f} a minute, {time_left} left; {cell}")
+        progress = StudyProgress(task, n_cells)
+        for cell in runner.run(study_index, groups, root, progress):
+            progress.finish(cell)
 
 
 # globals in a worker process
 _data_arguments: list[StudyDataArguments] = []  # for each benchmark in the runner
 _open_study_data: dict[int, StudyData] = {}  # at most one open study, by the benchmark's index
+_reports: list[Reports] = []  # the queue to the driver
 
 
-def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArguments]) -> None:
-    """Set up a worker process: load the plugins ``modules``, and store ``data_arguments``."""
+def _start_worker(
+    modules: Sequence[str], data_arguments: list[StudyDataArguments], reports: Reports
+) -> None:
+    """Set up a worker process: load the plugins ``modules``, and store the other arguments."""
     for module in modules:
         load_plugin(module)
     limit_to_one_thread("blas")  # without a block, to keep the limit until the process ends
@@ -339,6 +377,7 @@ def _start_worker(modules: Sequence[str], data_arguments: list[StudyDataArgument
     # this process ends as soon as the parent process has ended
     threading.Thread(target=end_with_driver, daemon=True).start()
     _data_arguments[:] = data_arguments
+    _reports[:] = [reports]
 
 
 def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
@@ -346,7 +385,13 @@ def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[
     if study_index not in _open_study_data:
         _open_study_data.clear()  # benchmarks run in sequence, so a single open study is enough
         _open_study_data[study_index] = StudyData(*_data_arguments[study_index])
-    return list(run_group(_open_study_data[study_index], cells, root))
+
+    def send(text: str) -> None:
+        _reports[0].put((os.getpid(), text))
+
+    finished_cells = list(run_group(_open_study_data[study_index], cells, root, send))
+    send(WAITS)
+    return finished_cells
 
 
 @dataclass(frozen=True)
