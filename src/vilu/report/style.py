@@ -161,10 +161,11 @@ def _possible_styles(label: str) -> list[LineStyle]:
     fixed_style = _fixed_style(label)
     if fixed_style is not None:
         return [fixed_style]
-    colours: tuple[str, ...] = COLOURS[1:]  # the first colour is only for the first of ``MAIN_METHODS``
     method = _main_method(label)
-    if method is not None:
-        colours = (COLOURS[MAIN_METHODS.index(method)],)
+    if method is None:
+        colours = list(COLOURS[1:])  # the first colour is only for ``MAIN_METHODS``
+    else:
+        colours = [COLOURS[MAIN_METHODS.index(method)]]
     # Styles are numbered. The label's hash is the number of its first style, and the next numbers
     # are its further styles. From number to number, colours, dashes and markers change at different
     # rates.

@@ -23,6 +23,7 @@ from vilu.artifacts.paths import claim_file
 from vilu.artifacts.tables import parquet_bytes, read_table
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats
+from vilu_bench.studies.config import Config
 from vilu_bench.studies.parts import Name
 from vilu_bench.studies.result import BOOTSTRAP, RUN_AGAIN, CellResult, load_bootstrap
 from vilu_bench.studies.study import (
@@ -72,12 +73,7 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
     results: dict[Path, CellResult] = {}
     for board in load_studies(run):
         name = board.config.name
-        has_histogram = any(isinstance(view, HistogramView) for view in board.config.views)
-        if has_histogram:
-            raise UsageError(
-                f"the study {name} has a histogram of the scores of rows, which are not kept. "
-                "Keep the studies without it: run them in a folder of their own."
-            )
+        _refuse_histograms(board.config)
         n_resamples = min(board.config.resamples, RESAMPLES)
         config = board.config.model_copy(update={"resamples": n_resamples})
         archive = archive_of(config, board.results)
@@ -92,6 +88,15 @@ def keep_studies(run: Path, file: Path, *, overwrite: bool = False) -> int:
     content = parquet_bytes(columns, metadata, compression="zstd")
     write_bytes(file, content)
     return len(sorted_results)
+
+
+def _refuse_histograms(config: Config) -> None:
+    """Refuse a study that shows the scores of single rows."""
+    if any(isinstance(view, HistogramView) for view in config.views):
+        raise UsageError(
+            f"the study {config.name} has a histogram of the scores of rows, which are not kept. "
+            "Keep the studies without it: run them in a folder of their own."
+        )
 
 
 def _columns(run: Path, results: Sequence[CellResult]) -> dict[str, pa.Array]:

@@ -1,4 +1,4 @@
-"""Shows what a study's processes do, also while no cell finishes for a long time."""
+"""Shows the work of a study's processes, also while no cell finishes for a long time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ REPORT_SECONDS: Final = 10.0
 """Shortest time between two reports on the same cell."""
 
 WAITS: Final = ""
-"""The report by a process that has finished its cells."""
+"""The report by a process without work."""
 
 Report = Callable[[str], None]
-"""Function that takes what a process does, such as "vilu on cifar10, all, seed 0"."""
+"""Function with a single argument: a process's work, such as "vilu on cifar10, all, seed 0"."""
 
 
 class CellReporter:
-    """Reporter in a process that runs cells: passes on how far the running cell is.
+    """Reporter for a running cell. The cell's progress is passed on as text.
 
     Args:
         cell: The running cell. The beginning is reported at once.
@@ -72,7 +72,7 @@ class _TaskOfCell:
 
 
 class StudyProgress:
-    """A study's progress: finished cells, the time left, and what every process does.
+    """A study's progress: finished cells, the time left, and every process's work.
 
     Args:
         task: Shows the progress.
@@ -85,7 +85,7 @@ class StudyProgress:
         self._n_finished = 0
         self._start_time = time.monotonic()
         self._pace = "no cell is finished"
-        self._running: dict[int, str] = {}  # what each process does, by process number
+        self._running: dict[int, str] = {}  # work, by process number
 
     def finish(self, cell: Cell) -> None:
         """Count a finished cell."""
@@ -97,12 +97,12 @@ class StudyProgress:
         self._task.advance(1, f"{self._pace}; {cell}")
 
     def report(self, process_id: int, text: str) -> None:
-        """Store what a process does. A process that waits is no longer shown."""
+        """Store a process's work. A process without work is not shown."""
         self._running.pop(process_id, None)
         if text != WAITS:
             self._running[process_id] = text
 
     def show(self) -> None:
-        """Show what the processes do."""
+        """Show the work of all processes."""
         running = "; ".join(self._running.values())
         self._task.advance(0, f"{self._pace}; running: {running}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 
@@ -84,7 +84,7 @@ def run_group(
     """Fit, score and evaluate cells with a common fit, and write the results.
 
     If a method refuses a cell, the refusal is written as the result. Every cell is yielded after
-    the result is written. ``report`` gets what runs.
+    the result is written. ``report`` gets the running cell and its progress.
     """
     fit_results: dict[FitInputs, FitResult] = {}
     for cell in cells:
@@ -256,7 +256,55 @@ StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 """Arguments for a ``StudyData``: the benchmark, the first model's stores, and the second's."""
 
 Reports = SimpleQueue[tuple[int, str]]
-"""Queue from the workers to the driver, with process numbers and what the processes do."""
+"""Queue from the workers to the driver, with process numbers and each process's work."""
+
+
+class Workers(NamedTuple):
+    """Worker processes, and the queue with their reports."""
+
+    pool: concurrent.futures.ProcessPoolExecutor
+    reports: Reports
+
+    @classmethod
+    def start(cls, data_of_studies: Sequence[StudyData], jobs: int) -> Workers:
+        """Make a pool of ``jobs`` processes. The processes start with the first cell."""
+        # a fork would copy the locks of torch's threads
+        context = multiprocessing.get_context("spawn")
+        data_arguments: list[StudyDataArguments] = []
+        for study_data in data_of_studies:
+            # copies as dicts, because a MappingProxyType cannot be sent to a process
+            folders = dict(study_data.folders)
+            second_folders = dict(study_data.second_folders)
+            data_arguments.append((study_data.config, folders, second_folders))
+        reports = context.SimpleQueue()
+        pool = concurrent.futures.ProcessPoolExecutor(
+            jobs, context, _start_worker, (plugins(), data_arguments, reports)
+        )
+        return cls(pool, reports)
+
+    def run(
+        self,
+        study_index: int,
+        groups: Sequence[Sequence[Cell]],
+        root: Path,
+        progress: StudyProgress,
+    ) -> Iterator[Cell]:
+        """Run groups of cells, as ``CellRunner.run`` does."""
+        with ctrl_c_blocked():  # the workers start here, and must not get Ctrl-C
+            waiting = {
+                self.pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
+            }
+        while waiting:
+            finished, waiting = concurrent.futures.wait(
+                waiting, REPORT_SECONDS, concurrent.futures.FIRST_COMPLETED
+            )
+            for future in finished:
+                yield from future.result()
+            while not self.reports.empty():
+                process_id, text = self.reports.get()
+                progress.report(process_id, text)
+            if not finished:
+                progress.show()
 
 
 class CellRunner:
@@ -269,32 +317,19 @@ class CellRunner:
 
     def __init__(self, data_of_studies: Sequence[StudyData], jobs: int) -> None:
         self._data_of_studies = data_of_studies
-        self._pool = None
-        self._reports: Reports | None = None
+        self._workers: Workers | None = None
         self._children_before = set(multiprocessing.active_children())
         if jobs > 1:
-            # a fork would copy the locks of torch's threads
-            context = multiprocessing.get_context("spawn")
-            data_arguments: list[StudyDataArguments] = []
-            for study_data in data_of_studies:
-                # copies as dicts, because a MappingProxyType cannot be sent to a process
-                folders = dict(study_data.folders)
-                second_folders = dict(study_data.second_folders)
-                data_arguments.append((study_data.config, folders, second_folders))
-            modules = plugins()
-            self._reports = context.SimpleQueue()
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                jobs, context, _start_worker, (modules, data_arguments, self._reports)
-            )
+            self._workers = Workers.start(data_of_studies, jobs)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if self._pool is None:
+        if self._workers is None:
             return
         has_failed = error_type is not None
-        self._pool.shutdown(wait=not has_failed, cancel_futures=True)
+        self._workers.pool.shutdown(wait=not has_failed, cancel_futures=True)
         if has_failed:
             for worker in set(multiprocessing.active_children()) - self._children_before:
                 worker.terminate()
@@ -310,33 +345,26 @@ class CellRunner:
         """Run groups of cells with a common fit. Yield every cell after writing its files.
 
         ``study_index`` is the index of the cells' benchmark in ``data_of_studies``. ``progress``
-        shows what runs.
+        shows the running cells.
         """
-        if self._pool is None or self._reports is None:
+        if self._workers is None:
+            return self._run_here(study_index, groups, root, progress)
+        return self._workers.run(study_index, groups, root, progress)
 
-            def show_at_once(text: str) -> None:
-                progress.report(os.getpid(), text)
-                progress.show()
+    def _run_here(
+        self,
+        study_index: int,
+        groups: Sequence[Sequence[Cell]],
+        root: Path,
+        progress: StudyProgress,
+    ) -> Iterator[Cell]:
+        def show_at_once(text: str) -> None:
+            progress.report(os.getpid(), text)
+            progress.show()
 
-            for cells in groups:
-                study_data = self._data_of_studies[study_index]
-                yield from run_group(study_data, cells, root, show_at_once)
-            return
-        with ctrl_c_blocked():  # the workers start here, and must not get Ctrl-C
-            waiting = {
-                self._pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
-            }
-        while waiting:
-            finished, waiting = concurrent.futures.wait(
-                waiting, REPORT_SECONDS, concurrent.futures.FIRST_COMPLETED
-            )
-            for future in finished:
-                yield from future.result()
-            while not self._reports.empty():
-                process_id, text = self._reports.get()
-                progress.report(process_id, text)
-            if not finished:
-                progress.show()
+        for cells in groups:
+            study_data = self._data_of_studies[study_index]
+            yield from run_group(study_data, cells, root, show_at_once)
 
 
 def run_cells(
