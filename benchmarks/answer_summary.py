@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ class Summary(NamedTuple):
     notes: dict[tuple[str, int], Notes]  # by set and label count
 
 
-def measured(cell: Cell, method: str, weights: Ints) -> dict[str, Quantity]:
+def quantities_of(cell: Cell, method: str, weights: Ints) -> dict[str, Quantity]:
     """Return a method's accuracy and coverages in a cell, resampled by row ``weights`` (R, N)."""
     rank = np.array(cell["methods"][method]["rank"])
     failure = np.array(list(cell["methods"][method]["failure"]), dtype=np.int64)
@@ -94,9 +95,9 @@ def measured(cell: Cell, method: str, weights: Ints) -> dict[str, Quantity]:
     return {name: Quantity(float(drawn[0]), drawn[1:]) for name, drawn in values.items()}
 
 
-def read(cells: Sequence[Cell], method: str, weights: Ints) -> Reading:
+def reading_of(cells: Sequence[Cell], method: str, weights: Ints) -> Reading:
     """Return a method's results, as means over the divisions of a set."""
-    of_division = [measured(cell, method, weights) for cell in cells]
+    of_division = [quantities_of(cell, method, weights) for cell in cells]
     values = {}
     for measure in MEASURES:
         values[measure] = Quantity.mean([quantities[measure] for quantities in of_division])
@@ -110,7 +111,7 @@ def read(cells: Sequence[Cell], method: str, weights: Ints) -> Reading:
     return Reading(values, certified, seconds)
 
 
-def count(cells: Sequence[Cell]) -> Notes:
+def notes_of(cells: Sequence[Cell]) -> Notes:
     """Count what was compared, chosen and cross-fitted in the cells."""
     notes = [cell["notes"] for cell in cells]
     n_zero_shot = [sum(note[key][0] == "zero_shot" for note in notes) for key in CHOICES]
@@ -119,29 +120,43 @@ def count(cells: Sequence[Cell]) -> Notes:
     return Notes(len(notes), n_compared, n_zero_shot, n_cross_fitted)
 
 
-def summarise(lines: Sequence[str], resamples: int) -> Summary:
-    """Compute all results from the lines of a file by ``benchmarks.answers``."""
+def cells_by_key(lines: Sequence[str]) -> dict[tuple[str, int, int], Cell]:
+    """Read the lines of a file by ``benchmarks.answers``: by set, label count and division."""
     by_key = {}
     for line in lines:
         cell = json.loads(line)
+        if set(cell["methods"]) != set(ANSWERS):
+            raise ValueError(
+                f"the cell {cell['name']}, {cell['n_labels']}, {cell['division']} has other "
+                "methods: measure into a new file"
+            )
         name = cell["name"].removesuffix(MODEL)
         by_key[name, cell["n_labels"], cell["division"]] = cell
+    return by_key
+
+
+def summarise(lines: Sequence[str], resamples: int) -> Summary:
+    """Compute all results from the lines of a file by ``benchmarks.answers``."""
+    by_key = cells_by_key(lines)
     names = sorted({key[0] for key in by_key})
     divisions = []
     for division in sorted({key[2] for key in by_key}):
         if all((name, n, division) in by_key for name in names for n in LABELS):
             divisions.append(division)
+    if not divisions:
+        raise ValueError("no division has a cell for every set and label count")
     summary = Summary(names, divisions, {}, {})
-    for number, name in enumerate(names):
+    for name in names:
         n_rows = by_key[name, LABELS[0], divisions[0]]["n"]
-        rng = np.random.default_rng(number)
+        # the seed depends on the set alone, so another set changes nothing
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
         equal_shares = np.full(n_rows, 1 / n_rows)
         weights = rng.multinomial(n_rows, equal_shares, size=resamples)
         for n_labels in LABELS:
             cells = [by_key[name, n_labels, division] for division in divisions]
-            summary.notes[name, n_labels] = count(cells)
+            summary.notes[name, n_labels] = notes_of(cells)
             for method in ANSWERS:
-                summary.readings[name, n_labels, method] = read(cells, method, weights)
+                summary.readings[name, n_labels, method] = reading_of(cells, method, weights)
     return summary
 
 
@@ -183,15 +198,15 @@ def load(file: Path) -> Summary:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Summarise a file of cells."""
-    summary_line = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(description=summary_line)
+    first_line = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=first_line)
     parser.add_argument("cells", type=Path, help="file that benchmarks.answers wrote")
-    parser.add_argument("summary", type=Path, help="file to write, such as SUMMARY.json.xz")
+    parser.add_argument("file", type=Path, help="file to write, such as SUMMARY.json.xz")
     parser.add_argument("--resamples", type=int, default=200)
     options = parser.parse_args(arguments)
     lines = options.cells.read_text().splitlines()
     summary = summarise(lines, options.resamples)
-    save(summary, options.summary)
+    save(summary, options.file)
     print(f"{len(summary.names)} sets, divisions {summary.divisions}")
 
 

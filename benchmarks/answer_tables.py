@@ -185,14 +185,14 @@ def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def notes_table(summary: Summary) -> list[str]:
+def notes_table(summary: Summary, names: Sequence[str]) -> list[str]:
     """Return table lines that count cells: compared, zero-shot chosen, and mixes cross-fitted."""
     lines = [
         "| labels | cells | compared | zero-shot chosen | with images | mixes cross-fitted |",
         "|---|---|---|---|---|---|",
     ]
     for n_labels in LABELS:
-        of_sets: list[Notes] = [summary.notes[name, n_labels] for name in summary.names]
+        of_sets: list[Notes] = [summary.notes[name, n_labels] for name in names]
         row = [str(n_labels or "all")]
         row.append(str(sum(notes.n_cells for notes in of_sets)))
         row.append(str(sum(notes.n_compared for notes in of_sets)))
@@ -207,9 +207,12 @@ def notes_table(summary: Summary) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print all tables as Markdown."""
     parser = argparse.ArgumentParser(description="What adapted answers gain: tables.")
-    parser.add_argument("summary", type=Path, help="file that benchmarks.answer_summary wrote")
+    parser.add_argument("file", type=Path, help="file that benchmarks.answer_summary wrote")
     options = parser.parse_args(arguments)
-    summary = load(options.summary)
+    summary = load(options.file)
+    unknown_names = set(summary.names) - set(TITLES)
+    if unknown_names:
+        parser.error(f"these sets have no title in TITLES: {', '.join(sorted(unknown_names))}")
     names = [name for name in TITLES if name in summary.names]
     without = [name for name in names if name != APART]
     print(f"Divisions: {summary.divisions}; sets: {len(names)}.\n")
@@ -223,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pair in PAIRS:
         sections[f"{pair[0]} − {pair[1]}"] = differences_table(readings, names, pair)
     sections["What chosen answers keep"] = kept_table(readings, names)
-    sections["Cells"] = notes_table(summary)
+    sections["Cells"] = notes_table(summary, names)
     for title, lines in sections.items():
         print(f"## {title}\n")
         print("\n".join(lines), end="\n\n")

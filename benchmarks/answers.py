@@ -15,7 +15,7 @@ given number of labels per class (0: all labels). The tests are on the second ha
 - ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
   images of the first half, without labels.
 - ``probe``: the linear probe's answers, judged by the probe.
-- ``gda_and_zero_shot``, ``tip_adapter``: likewise.
+- ``gda_and_zero_shot``, ``tip_adapter``: the method's own answers, judged by the method.
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
 A *cell* is a set, a label count and a division. Every cell is a line of CELLS.jsonl. For every

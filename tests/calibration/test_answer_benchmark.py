@@ -73,18 +73,20 @@ def test_a_run_is_taken_up_again_and_shown(
     assert "| all | adapted, ViLU+ | 100.0 [100.0, 100.0] |" in shown
 
 
-def line_of(n_labels: int, division: int, failure: str) -> str:
-    """Return a cell's line: four rows, of which ``rank`` trusts the first most."""
+def line_of(n_labels: int, division: int, failure: str, name: str = "cifar10") -> str:
+    """Return a cell's line with four rows. All methods but "pool" have these failures."""
     rules = [{"coverage": 0.5, "risk": risk} for risk in (0.0, 0.2, None)]
     result = {"rank": [0, 1, 2, 3], "failure": failure, "certified": rules, "seconds": 2.0}
+    methods = dict.fromkeys(answers.ANSWERS, result)
+    methods["pool"] = {**result, "failure": "0000"}
     reason = "the labels are few: nothing was compared"
     cell = {
-        "name": "cifar10_b32",
+        "name": f"{name}_b32",
         "n_labels": n_labels,
         "division": division,
         "n": 8,
         "rows": [0, 2, 4, 6],
-        "methods": dict.fromkeys(answers.ANSWERS, result),
+        "methods": methods,
         "notes": {
             "choice": ["adapted", "80 % interval"],
             "choice_images": ["zero_shot", reason],
@@ -94,14 +96,19 @@ def line_of(n_labels: int, division: int, failure: str) -> str:
     return json.dumps(cell)
 
 
-def test_a_summary_keeps_what_its_cells_say(tmp_path: Path) -> None:
-    lines = []
+def lines_of(name: str = "cifar10") -> list[str]:
+    """Return the lines of two divisions. In a third division, label counts are missing."""
+    lines = [line_of(1, 2, "1111", name)]
     for n_labels in answers.LABELS:
-        lines.append(line_of(n_labels, 0, "0001"))
-        lines.append(line_of(n_labels, 1, "0100"))
-    lines.append(line_of(1, 2, "1111"))  # a division without the other label counts
+        lines.append(line_of(n_labels, 0, "0001", name))
+        lines.append(line_of(n_labels, 1, "0100", name))
+    return lines
+
+
+def test_a_summary_keeps_what_its_cells_say(tmp_path: Path) -> None:
     file = tmp_path / "summary.json.xz"
-    answer_summary.save(answer_summary.summarise(lines, resamples=50), file)
+    made = answer_summary.summarise(lines_of(), resamples=50)
+    answer_summary.save(made, file)
     summary = answer_summary.load(file)
     assert summary.divisions == [0, 1]
     reading = summary.readings["cifar10", 16, "adapted"]
@@ -110,8 +117,27 @@ def test_a_summary_keeps_what_its_cells_say(tmp_path: Path) -> None:
     draws = reading.values["accuracy"].draws
     assert len(draws) == 50
     assert 0 < draws.min() < 0.75 < draws.max() <= 1  # rows 0, 2, 4 and 6 are resampled
+    before = made.readings["cifar10", 16, "adapted"].values["accuracy"].draws
+    assert draws == pytest.approx(before, abs=answer_summary.ROUNDING_STEP / 2)
     assert [rules.above for rules in reading.certified] == [[0, 0], [1, 1], [0, 0]]
+    assert summary.readings["cifar10", 16, "pool"].values["accuracy"].value == 1
     assert summary.notes["cifar10", 16] == (2, 2, [0, 2], 2)
+
+
+def test_another_set_changes_no_draw() -> None:
+    alone = answer_summary.summarise(lines_of(), resamples=20)
+    both = answer_summary.summarise(lines_of() + lines_of("caltech66"), resamples=20)
+    draws = [made.readings["cifar10", 1, "mcm"].values["accuracy"].draws for made in (alone, both)]
+    assert draws[0].tolist() == draws[1].tolist()
+
+
+def test_cells_with_other_methods_or_without_a_division_are_refused() -> None:
+    cell = json.loads(line_of(1, 0, "0001"))
+    del cell["methods"]["tip_adapter"]
+    with pytest.raises(ValueError, match="has other methods"):
+        answer_summary.summarise([json.dumps(cell)], resamples=1)
+    with pytest.raises(ValueError, match="no division has a cell"):
+        answer_summary.summarise([line_of(1, 0, "0001")], resamples=1)
 
 
 def test_a_rule_is_broken_where_its_population_says_so() -> None:

@@ -101,7 +101,8 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     gaps = np.diff(sorted(heights.values()))
     assert (gaps > LABEL_HEIGHT - 1e-9).all()
     bottom, top = axes.get_ylim()
-    # a thin line leads to a label from the last value
+    # a thin line leads to a label from the height of the last value
+    assert all(text.arrow_patch is not None for text in axes.texts)
     ends = {text.get_text(): bottom + text.xy[1] * (top - bottom) for text in axes.texts}
     assert ends == pytest.approx({"mcm": 90, "vilu": 90.1, "vilu_plus": 95})
     assert len(axes.collections) == 3  # a band for every line

@@ -30,7 +30,8 @@ WRONG_COLOUR = "#D55E00"
 
 # colours, dashes and markers for the lines in a figure. ``line_styles_of`` combines the three.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
+SOLID, DASH_DOTTED = "-", "-."  # only for ``STYLED_METHODS``
+FREE_DASHES = ("--", ":", (0, (5, 1)), (0, (9, 3)), (0, (1, 4)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 STYLED_METHODS = (
@@ -47,7 +48,6 @@ STYLED_METHODS = (
 
 No other line is solid or dash-dotted.
 """
-SOLID, DASH_DOTTED = "-", "-."
 MAIN_METHODS = tuple(solid for solid, _ in STYLED_METHODS)
 """Methods with a solid line. A variant of such a method has the method's colour."""
 
@@ -112,7 +112,8 @@ class LineStyle:
 def line_styles_of(labels: Iterable[str]) -> dict[str, LineStyle]:
     """Map the label of every line in a figure to a line style.
 
-    A predictor looks the same in every figure, and no other predictor has the same colour and dash.
+    A predictor of vilu or vilu-bench looks the same in every figure, and no other one of these has
+    the same colour and dash.
     The methods in ``STYLED_METHODS`` have fixed styles. If a label only begins with the name of one
     of the ``MAIN_METHODS``, for example "vilu + MCM input", it has the method's colour and another
     dash. Two lines in a figure differ in colour or dash, or in the marker if there are too many
@@ -163,7 +164,7 @@ def _possible_styles(label: str) -> list[LineStyle]:
         return [fixed_style]
     method = _main_method(label)
     if method is None:
-        colours = list(COLOURS[1:])  # the first colour is only for ``MAIN_METHODS``
+        colours = list(COLOURS[1:])  # the first colour is for ``STYLED_METHODS`` and their variants
     else:
         colours = [COLOURS[MAIN_METHODS.index(method)]]
     # Styles are numbered. The label's hash is the number of its first style, and the next numbers
@@ -171,16 +172,14 @@ def _possible_styles(label: str) -> list[LineStyle]:
     # rates.
     label_bytes = label.encode("utf-8", "backslashreplace")
     first_number = zlib.crc32(label_bytes)
-    dashed = DASHES[1:]
-    n_numbers = 3 * len(colours) * len(dashed) * len(MARKERS)  # after these, the styles repeat
+    n_numbers = 3 * len(colours) * len(FREE_DASHES) * len(MARKERS)  # after these, styles repeat
     line_styles = []
     for number in range(first_number, first_number + n_numbers):
         colour = colours[number % len(colours)]
-        dash = dashed[number // len(colours) % len(dashed)]
+        dash = FREE_DASHES[number // len(colours) % len(FREE_DASHES)]
         marker = MARKERS[number // 3 % len(MARKERS)]
-        if dash != DASH_DOTTED:
-            line_style = LineStyle(colour, dash, marker)
-            line_styles.append(line_style)
+        line_style = LineStyle(colour, dash, marker)
+        line_styles.append(line_style)
     return line_styles
 
 

@@ -5,53 +5,63 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
 
 from vilu.progress import Task
 from vilu_bench.studies.cells import Cell
 
-REPORT_SECONDS: Final = 10.0
-"""Shortest time between two reports on the same cell."""
+SECONDS_BETWEEN_NEWS: Final = 10.0
+"""Shortest time between two pieces of news on the same cell."""
 
-WAITS: Final = ""
-"""The report by a process without work."""
 
-Report = Callable[[str], None]
-"""Function with a single argument: a process's work, such as "vilu on cifar10, all, seed 0"."""
+class Work(NamedTuple):
+    """The work of a process: a running cell, and its progress."""
+
+    cell: Cell
+    progress: str = ""  # such as "train 1,200/5,000 steps", empty at the beginning
+
+    def __str__(self) -> str:
+        if not self.progress:
+            return str(self.cell)
+        return f"{self.cell}: {self.progress}"
+
+
+Send = Callable[[Work], None]
+"""Function that takes news on a process's work."""
 
 
 class CellReporter:
-    """Reporter for a running cell. The cell's progress is passed on as text.
+    """Reporter for a running cell. The cell's progress is sent on.
 
     Args:
-        cell: The running cell. The beginning is reported at once.
-        report: Gets the texts.
+        cell: The running cell. Its beginning is sent at once.
+        send: Gets the news.
     """
 
-    def __init__(self, cell: Cell, report: Report) -> None:
+    def __init__(self, cell: Cell, send: Send) -> None:
         self._cell = cell
-        self._report = report
-        self._report_time = time.monotonic()
-        report(str(cell))
+        self._send = send
+        self._last_time = time.monotonic()
+        send(Work(cell))
 
     def start(self, description: str, total: float | None, unit: str) -> Task:
         """Start a task in the cell, such as the training."""
         return _TaskOfCell(self, description, total, unit)
 
     def finish(self, task: Task) -> None:
-        """Report nothing."""
+        """Send nothing: the end of a task is no news."""
 
-    def report_if_due(self, progress: str) -> None:
-        """Report the cell's progress, unless the last report is less than ten seconds old."""
+    def send_if_due(self, progress: str) -> None:
+        """Send the cell's progress, at most once in ``SECONDS_BETWEEN_NEWS``."""
         now = time.monotonic()
-        if now - self._report_time < REPORT_SECONDS:
+        if now - self._last_time < SECONDS_BETWEEN_NEWS:
             return
-        self._report_time = now
-        self._report(f"{self._cell}: {progress}")
+        self._last_time = now
+        self._send(Work(self._cell, progress))
 
 
 class _TaskOfCell:
-    """A task in a cell. It counts the steps, and reports the count."""
+    """A task in a cell. It counts the steps, and sends the count on."""
 
     def __init__(
         self, reporter: CellReporter, description: str, total: float | None, unit: str
@@ -68,7 +78,7 @@ class _TaskOfCell:
         """Count the steps. The note is not shown."""
         self._n_done += steps
         count = f"{self._n_done:,.0f}{self._total_text} {self._unit}"
-        self._reporter.report_if_due(f"{self._description} {count}")
+        self._reporter.send_if_due(f"{self._description} {count}")
 
 
 class StudyProgress:
@@ -84,25 +94,32 @@ class StudyProgress:
         self._n_cells = n_cells
         self._n_finished = 0
         self._start_time = time.monotonic()
-        self._pace = "no cell is finished"
-        self._running: dict[int, str] = {}  # work, by process number
+        self._running: dict[int, Work] = {}  # by process number
+
+    def update(self, process_id: int, work: Work) -> None:
+        """Store a process's work."""
+        self._running[process_id] = work
 
     def finish(self, cell: Cell) -> None:
-        """Count a finished cell."""
+        """Count and show a finished cell."""
         self._n_finished += 1
-        seconds_per_cell = (time.monotonic() - self._start_time) / self._n_finished
-        seconds_left = seconds_per_cell * (self._n_cells - self._n_finished)
-        time_left = timedelta(seconds=round(seconds_left))
-        self._pace = f"{60 / seconds_per_cell:.0f} a minute, {time_left} left"
-        self._task.advance(1, f"{self._pace}; {cell}")
-
-    def report(self, process_id: int, text: str) -> None:
-        """Store a process's work. A process without work is not shown."""
-        self._running.pop(process_id, None)
-        if text != WAITS:
-            self._running[process_id] = text
+        for process_id, work in list(self._running.items()):
+            if work.cell == cell:
+                del self._running[process_id]
+        self._task.advance(1, self._note())
 
     def show(self) -> None:
         """Show the work of all processes."""
-        running = "; ".join(self._running.values())
-        self._task.advance(0, f"{self._pace}; running: {running}")
+        self._task.advance(0, self._note())
+
+    def _note(self) -> str:
+        parts = []
+        if self._n_finished:
+            seconds = time.monotonic() - self._start_time
+            seconds_left = seconds / self._n_finished * (self._n_cells - self._n_finished)
+            time_left = timedelta(seconds=round(seconds_left))
+            parts.append(f"{time_left} left")
+        if self._running:
+            running = "; ".join(map(str, self._running.values()))
+            parts.append(f"running: {running}")
+        return "; ".join(parts)

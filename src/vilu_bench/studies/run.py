@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,7 +27,7 @@ from vilu.artifacts.documents import append_to_log
 from vilu.artifacts.hashing import digest
 from vilu.embeddings.similarity import nearest_rows
 from vilu.embeddings.source import SAME_TEXT_COSINE
-from vilu.errors import ProvenanceError, UsageError
+from vilu.errors import ProvenanceError, StorageError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
@@ -58,11 +59,11 @@ from vilu_bench.studies.fit import (
     refusal_from,
 )
 from vilu_bench.studies.progress import (
-    REPORT_SECONDS,
-    WAITS,
+    SECONDS_BETWEEN_NEWS,
     CellReporter,
-    Report,
+    Send,
     StudyProgress,
+    Work,
 )
 from vilu_bench.studies.result import (
     CellResult,
@@ -79,16 +80,16 @@ logger = logging.getLogger("vilu.bench")
 
 
 def run_group(
-    study_data: StudyData, cells: Sequence[Cell], root: Path, report: Report
+    study_data: StudyData, cells: Sequence[Cell], root: Path, send: Send
 ) -> Iterator[Cell]:
     """Fit, score and evaluate cells with a common fit, and write the results.
 
     If a method refuses a cell, the refusal is written as the result. Every cell is yielded after
-    the result is written. ``report`` gets the running cell and its progress.
+    the result is written. ``send`` gets the running cell and its progress.
     """
     fit_results: dict[FitInputs, FitResult] = {}
     for cell in cells:
-        reporter = CellReporter(cell, report)
+        reporter = CellReporter(cell, send)
         with cell_named_in_errors(cell), limit_to_one_thread(), reporting(reporter):
             refusal = refuse_other_classes(study_data, cell)
             if refusal is not None:
@@ -255,15 +256,24 @@ def limit_to_one_thread(
 StudyDataArguments = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
 """Arguments for a ``StudyData``: the benchmark, the first model's stores, and the second's."""
 
-Reports = SimpleQueue[tuple[int, str]]
-"""Queue from the workers to the driver, with process numbers and each process's work."""
+News = SimpleQueue[tuple[int, Work]]
+"""Queue from the workers to the driver: process numbers, and each process's work.
+
+If the queue is full (64 KiB), a worker waits until the driver has read from it. The driver reads
+every ten seconds at least, and a worker sends a few times a minute.
+"""
+
+WORKER_ENDED = (
+    "a worker process was ended from outside, perhaps because memory ran out. Finished cells are "
+    "kept. Run the same command again, with fewer --jobs if memory ran out."
+)
 
 
 class Workers(NamedTuple):
-    """Worker processes, and the queue with their reports."""
+    """Worker processes, and the queue with their news."""
 
     pool: concurrent.futures.ProcessPoolExecutor
-    reports: Reports
+    news: News
 
     @classmethod
     def start(cls, data_of_studies: Sequence[StudyData], jobs: int) -> Workers:
@@ -276,11 +286,11 @@ class Workers(NamedTuple):
             folders = dict(study_data.folders)
             second_folders = dict(study_data.second_folders)
             data_arguments.append((study_data.config, folders, second_folders))
-        reports = context.SimpleQueue()
+        news = context.SimpleQueue()
         pool = concurrent.futures.ProcessPoolExecutor(
-            jobs, context, _start_worker, (plugins(), data_arguments, reports)
+            jobs, context, _start_worker, (plugins(), data_arguments, news)
         )
-        return cls(pool, reports)
+        return cls(pool, news)
 
     def run(
         self,
@@ -289,20 +299,28 @@ class Workers(NamedTuple):
         root: Path,
         progress: StudyProgress,
     ) -> Iterator[Cell]:
-        """Run groups of cells, as ``CellRunner.run`` does."""
+        """Run groups of cells, as ``CellRunner.run`` does.
+
+        Raises:
+            StorageError: If a worker process was killed.
+        """
         with ctrl_c_blocked():  # the workers start here, and must not get Ctrl-C
             waiting = {
                 self.pool.submit(_run_in_worker, study_index, cells, root) for cells in groups
             }
         while waiting:
             finished, waiting = concurrent.futures.wait(
-                waiting, REPORT_SECONDS, concurrent.futures.FIRST_COMPLETED
+                waiting, SECONDS_BETWEEN_NEWS, concurrent.futures.FIRST_COMPLETED
             )
+            while not self.news.empty():
+                process_id, work = self.news.get()
+                progress.update(process_id, work)
             for future in finished:
-                yield from future.result()
-            while not self.reports.empty():
-                process_id, text = self.reports.get()
-                progress.report(process_id, text)
+                try:
+                    finished_cells = future.result()
+                except BrokenProcessPool as error:
+                    raise StorageError(WORKER_ENDED) from error
+                yield from finished_cells
             if not finished:
                 progress.show()
 
@@ -334,6 +352,7 @@ class CellRunner:
             for worker in set(multiprocessing.active_children()) - self._children_before:
                 worker.terminate()
                 worker.join()
+        self._workers.news.close()
 
     def run(
         self,
@@ -358,8 +377,8 @@ class CellRunner:
         root: Path,
         progress: StudyProgress,
     ) -> Iterator[Cell]:
-        def show_at_once(text: str) -> None:
-            progress.report(os.getpid(), text)
+        def show_at_once(work: Work) -> None:
+            progress.update(os.getpid(), work)
             progress.show()
 
         for cells in groups:
@@ -390,11 +409,11 @@ def run_cells(
 # globals in a worker process
 _data_arguments: list[StudyDataArguments] = []  # for each benchmark in the runner
 _open_study_data: dict[int, StudyData] = {}  # at most one open study, by the benchmark's index
-_reports: list[Reports] = []  # the queue to the driver
+_news: list[News] = []  # the queue to the driver
 
 
 def _start_worker(
-    modules: Sequence[str], data_arguments: list[StudyDataArguments], reports: Reports
+    modules: Sequence[str], data_arguments: list[StudyDataArguments], news: News
 ) -> None:
     """Set up a worker process: load the plugins ``modules``, and store the other arguments."""
     for module in modules:
@@ -405,7 +424,7 @@ def _start_worker(
     # this process ends as soon as the parent process has ended
     threading.Thread(target=end_with_driver, daemon=True).start()
     _data_arguments[:] = data_arguments
-    _reports[:] = [reports]
+    _news[:] = [news]
 
 
 def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
@@ -414,12 +433,10 @@ def _run_in_worker(study_index: int, cells: Sequence[Cell], root: Path) -> list[
         _open_study_data.clear()  # benchmarks run in sequence, so a single open study is enough
         _open_study_data[study_index] = StudyData(*_data_arguments[study_index])
 
-    def send(text: str) -> None:
-        _reports[0].put((os.getpid(), text))
+    def send(work: Work) -> None:
+        _news[0].put((os.getpid(), work))
 
-    finished_cells = list(run_group(_open_study_data[study_index], cells, root, send))
-    send(WAITS)
-    return finished_cells
+    return list(run_group(_open_study_data[study_index], cells, root, send))
 
 
 @dataclass(frozen=True)
