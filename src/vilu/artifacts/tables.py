@@ -108,7 +108,8 @@ def parquet_bytes(
 ) -> bytes:
     """Encode columns of equal length as a Parquet file with plain JSON metadata in the schema.
 
-    "snappy" is fast, and "zstd" gives small files.
+    "snappy" is fast. "zstd" gives small files and is slow to write: it has level 19, and no column
+    has a dictionary of the values.
 
     Every page has a checksum. The checksums do not cover the footer and the page headers. Therefore
     the metadata also have a digest, which covers all columns and all other metadata.
@@ -125,8 +126,8 @@ def parquet_bytes(
     sealed_table = table.replace_schema_metadata(schema_metadata)
     columns_with_dictionary = []
     level = None
-    if compression == "zstd":
-        level = 19  # the highest common level. zstd finds repeated values best without a dictionary
+    if compression == "zstd":  # without dictionaries, zstd finds more repeated values
+        level = 19  # higher levels need more memory to read
     else:
         columns_with_dictionary = [
             name for name in table.column_names if _is_repetitive(table[name])
