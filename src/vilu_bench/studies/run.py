@@ -312,9 +312,7 @@ class Workers(NamedTuple):
             finished, waiting = concurrent.futures.wait(
                 waiting, SECONDS_BETWEEN_NEWS, concurrent.futures.FIRST_COMPLETED
             )
-            while not self.news.empty():
-                process_id, work = self.news.get()
-                progress.update(process_id, work)
+            self.pass_on_news(progress)
             for future in finished:
                 try:
                     finished_cells = future.result()
@@ -323,6 +321,12 @@ class Workers(NamedTuple):
                 yield from finished_cells
             if not finished:
                 progress.show()
+
+    def pass_on_news(self, progress: StudyProgress) -> None:
+        """Empty the queue."""
+        while not self.news.empty():
+            process_id, work = self.news.get()
+            progress.update(process_id, work)
 
 
 class CellRunner:
