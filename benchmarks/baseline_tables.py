@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ import numpy as np
 
 from benchmarks.baselines import FREE, LABELLED, LABELS, NAMES
 from benchmarks.never_below import WITHOUT_LABELS
+from benchmarks.never_below_tables import read_lines
 from vilu.metrics.counts import Floats
 
 Line = dict[str, Any]
@@ -91,13 +91,6 @@ class Cells(NamedTuple):
             if measured_sets >= set(names):
                 complete.append(column)
         return complete
-
-
-def read_lines(file: Path) -> list[str]:
-    """Read a text file's lines. A file whose name ends in ``.xz`` is decompressed."""
-    opener = lzma.open if file.suffix == ".xz" else open
-    with opener(file, "rt", encoding="utf-8") as handle:
-        return handle.read().splitlines()
 
 
 def mean_over_sets(values: dict[tuple[str, int], Floats], names: Sequence[str]) -> Floats:

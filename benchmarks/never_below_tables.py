@@ -4,13 +4,15 @@
 
 Numbers are means over divisions, in percent. Brackets are 95 % bootstrap intervals for a paired
 difference over the test rows: resample number i of a mean is the mean of resample number i over all
-divisions. OLD.jsonl has cells from an earlier version of the method on the same rows.
+divisions. OLD.jsonl has cells from an earlier version of the method on the same rows. Both files
+may be compressed (CELLS.jsonl.xz).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +36,18 @@ class Group(NamedTuple):
 def read_groups(file: Path) -> dict[Group, list[Line]]:
     """Read a file's cells by group, in the order of the sets."""
     groups: dict[Group, list[Line]] = {}
-    content = file.read_text()
-    for text in content.splitlines():
+    for text in read_lines(file):
         line = json.loads(text)
         group = Group(*line["cell"][:3])
         groups.setdefault(group, []).append(line)
     return {group: groups[group] for group in sorted(groups, key=sort_key)}
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read a text file's lines. A file whose name ends in ``.xz`` is decompressed."""
+    opener = lzma.open if file.suffix == ".xz" else open
+    with opener(file, "rt", encoding="utf-8") as handle:
+        return handle.read().splitlines()
 
 
 def sort_key(group: Group) -> tuple[int, int, int]:

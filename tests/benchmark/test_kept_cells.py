@@ -15,9 +15,9 @@ CELLS = Path("benchmarks") / "cells"
 TABLES = {
     "docs/methods/vilu_zero.md": [
         "benchmarks.never_below_tables",
-        CELLS / "never_below.jsonl",
+        CELLS / "never_below.jsonl.xz",
         "--before",
-        CELLS / "never_below_before.jsonl",
+        CELLS / "never_below_before.jsonl.xz",
     ],
     "docs/clip.md": [
         "benchmarks.baseline_tables",
