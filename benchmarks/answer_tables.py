@@ -164,27 +164,6 @@ def title_of(n_labels: int) -> str:
     return f"{n_labels} a class"
 
 
-def kept_table(readings: Readings, names: Sequence[str]) -> list[str]:
-    """Return table lines with the share of the mean adapted gain that chosen answers keep."""
-    lines = ["| labels a class | chosen keeps of the gain | with images |", "|---|---|---|"]
-    for n_labels in LABELS:
-        row = [str(n_labels or "all")]
-        for suffix in ("", "_images"):
-            zero_shot = f"zero_shot{suffix}"
-            gains = []
-            for kind in ("chosen", "adapted"):
-                pair = (f"{kind}{suffix}", zero_shot)
-                gain = difference(readings, names, n_labels, pair)
-                gains.append(gain.value)
-            if gains[1] > 0:
-                row.append(f"{100 * gains[0] / gains[1]:.0f} %")
-            else:
-                row.append("no gain")
-        cells = " | ".join(row)
-        lines.append(f"| {cells} |")
-    return lines
-
-
 def notes_table(summary: Summary, names: Sequence[str]) -> list[str]:
     """Return table lines that count cells: compared, zero-shot chosen, and mixes cross-fitted."""
     lines = [
@@ -221,11 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Short, all sets": short_table(readings, names),
         "Short, without ImageNet": short_table(readings, without),
         "Means over all sets": means_table(readings, names),
-        "Means without ImageNet": means_table(readings, without),
     }
     for pair in PAIRS:
         sections[f"{pair[0]} − {pair[1]}"] = differences_table(readings, names, pair)
-    sections["What chosen answers keep"] = kept_table(readings, names)
     sections["Cells"] = notes_table(summary, names)
     for title, lines in sections.items():
         print(f"## {title}\n")
