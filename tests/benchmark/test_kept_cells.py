@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.command import ROOT
@@ -32,6 +34,10 @@ TABLES = {
             "--without",
             "imagenet",
         ],
+    ),
+    "answers": (
+        ["docs/clip.md", "docs/answers.md"],
+        ["benchmarks.answer_tables", CELLS / "answers.json.xz"],
     ),
 }
 """Maps tables to the pages that have their rows, and to the module that makes them."""
@@ -72,3 +78,22 @@ def test_a_page_is_that_of_its_kept_studies(tmp_path: Path, page: str) -> None:
     render_kept_file(ROOT / kept, made, title, preface_file=ROOT / preface)
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert made.read_text(encoding="utf-8") == written
+
+
+def values_in(file: Path) -> dict[tuple[str, ...], float]:
+    """Read every value in a file of kept studies, by cell, answer and metric."""
+    values = {}
+    for document in pq.read_table(file, columns=["document"]).column("document").to_pylist():
+        cell = json.loads(document)
+        names = (cell["data"], cell["setting"], cell["method"], cell["variant"], str(cell["seed"]))
+        for result in cell["results"]:
+            values[(*names, result["answer"], result["metric"])] = result["value"]
+    return values
+
+
+def test_two_runs_agree_on_the_values_that_both_have() -> None:
+    first = values_in(ROOT / CELLS / "clip.parquet")
+    second = values_in(ROOT / CELLS / "clip_networks.parquet")
+    shared = set(first) & set(second)
+    assert len(shared) > 900
+    assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
