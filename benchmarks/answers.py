@@ -1,4 +1,4 @@
-"""Measures the gain of a method's own answers over zero-shot answers and over simple mixes.
+"""Measures the gain of a method's own answers over zero-shot answers and over plain baselines.
 
     python -m benchmarks.answers ARRAYS CELLS.jsonl [--divisions 5] [--labels 1 5 16 0]
     python -m benchmarks.answer_summary CELLS.jsonl SUMMARY.json.xz

@@ -131,6 +131,27 @@ def test_another_set_changes_no_draw() -> None:
     assert draws[0].tolist() == draws[1].tolist()
 
 
+def test_every_set_has_its_own_best_baseline() -> None:
+    lines = []
+    for name, best in (("cifar10", "pool"), ("caltech66", "tip_adapter")):
+        for line in lines_of(name):
+            cell = json.loads(line)
+            results = cell["methods"]
+            results["pool"] = results["mcm"]
+            results[best] = {**results["mcm"], "failure": "0000"}
+            lines.append(json.dumps(cell))
+    summary = answer_summary.summarise(lines, resamples=20)
+    for n_labels in answers.LABELS:
+        pair = ("adapted", answer_tables.BEST_BASELINE)
+        lead = answer_tables.difference(summary.readings, summary.names, n_labels, pair)
+        # adapted answers accept 0.75 and 0.25 in the two divisions, each best baseline accepts all
+        assert lead.value == 0.5 - 1
+        pool = answer_tables.difference(
+            summary.readings, summary.names, n_labels, ("adapted", "pool")
+        )
+        assert pool.value == (0.5 - 1) / 2
+
+
 def test_cells_with_other_methods_or_without_a_division_are_refused() -> None:
     cell = json.loads(line_of(1, 0, "0001"))
     del cell["methods"]["tip_adapter"]
