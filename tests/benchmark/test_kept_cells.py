@@ -42,7 +42,7 @@ TABLES = {
         ["benchmarks.answer_tables", CELLS / "answers.json.xz"],
     ),
 }
-"""Maps tables to the pages that have their rows, and to the module that makes them."""
+"""Maps tables to the pages that have them, and to the module and arguments that make them."""
 
 PAGES = {
     "learning-curve.md": (
@@ -97,8 +97,8 @@ def test_the_readme_has_the_best_baselines_and_the_lead() -> None:
         best_of_means.append(f"{max(means):.1f}")
         pair = ("adapted", answer_tables.BEST_BASELINE)
         lead = answer_tables.difference(summary.readings, summary.names, n_labels, pair)
-        chance = "" if lead.interval(0.95).ci_low <= 0 else " (beyond chance)"
-        leads.append(f"{100 * lead.value:+.1f}{chance}")
+        mark = " (beyond chance)" if lead.interval(0.95).ci_low > 0 else ""
+        leads.append(f"{100 * lead.value:+.1f}{mark}")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for title, numbers in (
         ("best of GDA, Tip-Adapter, probe mixes", best_of_means),

@@ -323,7 +323,7 @@ class Workers(NamedTuple):
                 progress.show()
 
     def pass_on_news(self, progress: StudyProgress) -> None:
-        """Empty the queue."""
+        """Give the workers' news in the queue to ``progress``."""
         while not self.news.empty():
             process_id, work = self.news.get()
             progress.update(process_id, work)
