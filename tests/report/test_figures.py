@@ -100,12 +100,23 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     assert sorted(heights, key=lambda name: heights[name]) == ["mcm", "vilu", "vilu_plus"]
     gaps = np.diff(sorted(heights.values()))
     assert (gaps > LABEL_HEIGHT - 1e-9).all()
-    bottom, top = axes.get_ylim()
-    # a thin line leads to a label from the height of the last value
+    # a thin line leads to a label from the line's last point
     assert all(text.arrow_patch is not None for text in axes.texts)
-    ends = {text.get_text(): bottom + text.xy[1] * (top - bottom) for text in axes.texts}
-    assert ends == pytest.approx({"mcm": 90, "vilu": 90.1, "vilu_plus": 95})
+    ends = {text.get_text(): text.xy for text in axes.texts}
+    assert {x for x, _ in ends.values()} == {16}
+    heights = {name: y for name, (_, y) in ends.items()}
+    assert heights == pytest.approx({"mcm": 90, "vilu": 90.1, "vilu_plus": 95})
     assert len(axes.collections) == 3  # a band for every line
+
+
+def test_a_line_that_ends_early_leads_to_its_label_from_there() -> None:
+    whole = Series("mcm", [1.0, 5.0, 16.0], [0.8, 0.8, 0.9], [0.7, 0.7, 0.8], [0.9, 0.9, 1.0])
+    short = Series("vilu", [1.0, 5.0], [0.5, 0.6], [0.4, 0.5], [0.6, 0.7])
+    (axes,) = draw_curves([Panel("set", "AUROC", [whole, short])], "labels", log=True).axes
+    first, last = axes.get_xlim()
+    assert {text.get_text(): text.xy for text in axes.texts} == {"mcm": (16, 90), "vilu": (5, 60)}
+    assert first < 1
+    assert 16 < last < 32  # the labels take nothing from the plot
 
 
 def test_labels_of_lines_stay_beside_their_plot() -> None:

@@ -268,8 +268,11 @@ def draw_curves(
         rotation = 45 if len(ticks) > 6 else 0  # in degrees. Many level labels would overlap
         axis.set_xticks(sorted(ticks), labels, rotation=rotation)
         axis.minorticks_off()
-        last_values = {line.label: line.y[int(np.argmax(line.x))] for line in panel.lines}
-        _write_line_labels(axis, last_values, line_styles)
+        ends = {}
+        for line in panel.lines:
+            last = int(np.argmax(line.x))
+            ends[line.label] = (line.x[last], 100 * line.y[last])
+        _write_line_labels(axis, ends, line_styles)
 
     figure = _curve_panels(panels, x_label, title, draw)
     if any(line.published for panel in panels for line in panel.lines):
@@ -286,18 +289,19 @@ def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> F
 
     def draw(axis: Axes, panel: Panel, line_styles: Mapping[str, LineStyle]) -> None:
         """Draw a panel's points, and a least-squares line if the x values in a series differ."""
-        last_values = {}
+        ends = {}
         for line in panel.lines:
             line_style = line_styles[line.label]
             _draw_points(axis, line, line_style)
-            last_values[line.label] = line.y[int(np.argmax(line.x))]
+            last = int(np.argmax(line.x))
+            ends[line.label] = (100 * line.x[last], 100 * line.y[last])
             if len(set(line.x)) > 1:
-                x = np.array([min(line.x), max(line.x)])
+                x = 100 * np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
-                y = slope * x + offset
-                axis.plot(100 * x, 100 * y, color=line_style.colour, linestyle=line_style.dash)
-                last_values[line.label] = float(y[-1])
-        _write_line_labels(axis, last_values, line_styles)
+                y = slope * x + 100 * offset
+                axis.plot(x, y, color=line_style.colour, linestyle=line_style.dash)
+                ends[line.label] = (float(x[-1]), float(y[-1]))
+        _write_line_labels(axis, ends, line_styles)
 
     return _curve_panels(panels, x_label, title, draw)
 
@@ -343,18 +347,17 @@ def _draw_line_in_band(axis: Axes, line: Series, line_style: LineStyle) -> None:
 
 
 def _write_line_labels(
-    axis: Axes, last_values: Mapping[str, float], line_styles: Mapping[str, LineStyle]
+    axis: Axes, ends: Mapping[str, tuple[float, float]], line_styles: Mapping[str, LineStyle]
 ) -> None:
     """Write every line's label to the right of the plot, at the height where the line ends.
 
-    ``last_values`` maps a label to the line's last value, as a fraction. Overlapping labels are
-    moved apart. A thin line leads from the value at the edge of the plot to the label.
+    ``ends`` maps a label to the line's last point, as ``axis`` has it. Overlapping labels are moved
+    apart. A thin line leads from the last point to the label, because a line may end early.
     """
-    bottom, top = axis.get_ylim()  # in percent
-    axis.set_ylim(bottom, top)  # matplotlib must not change the limits any more
-    heights = {}
-    for label, value in last_values.items():
-        heights[label] = (100 * value - bottom) / (top - bottom)
+    axis.set_xlim(axis.get_xlim())  # matplotlib must not change the limits any more
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top)
+    heights = {label: (y - bottom) / (top - bottom) for label, (_, y) in ends.items()}
     spaced_heights = _spaced_heights(heights, LABEL_HEIGHT)
     for label, height in spaced_heights.items():
         colour = line_styles[label].colour
@@ -368,9 +371,8 @@ def _write_line_labels(
         }
         axis.annotate(
             label,
-            (1.0, heights[label]),
+            ends[label],
             xytext=(1.06, height),
-            xycoords="axes fraction",
             textcoords="axes fraction",
             arrowprops=leader,
             color=colour,
