@@ -4,8 +4,8 @@
 
 Numbers are means over divisions, in percent. Brackets are 95 % bootstrap intervals for a paired
 difference over the test rows: resample number i of a mean is the mean of resample number i over all
-divisions. OLD.jsonl has cells from an earlier version of the method on the same rows. Both files
-may be compressed (CELLS.jsonl.xz).
+divisions. OLD.jsonl has cells of ViLU-zero from an earlier version on the same rows. Both files may
+be compressed (CELLS.jsonl.xz).
 """
 
 from __future__ import annotations
@@ -80,8 +80,13 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
 
 
 def size_text(size: int) -> str:
-    """Return the text for an image count per class."""
+    """Return the text for a count per class."""
     return str(size) if size else "all"
+
+
+def labels_text(n_labels: int) -> str:
+    """Return the text for a label count per class."""
+    return "1 label" if n_labels == 1 else f"{size_text(n_labels)} labels"
 
 
 def counts_text(lines: Sequence[Line]) -> str:
@@ -92,7 +97,7 @@ def counts_text(lines: Sequence[Line]) -> str:
 
 
 def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
-    """Print MCM, ViLU-zero, and the earlier version of ViLU-zero."""
+    """Print MCM, ViLU-zero, and the earlier version of ViLU-zero, for cells without labels."""
     print(
         "| set | images a class | fitted / classes | read / wrong | MCM | before | ViLU-zero "
         "| gain [95 %] | FPR95 MCM | before | ViLU-zero | accuracy zero-shot | own |"
@@ -118,31 +123,49 @@ def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, lis
         )
 
 
-def table_with_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
-    """Print ViLU+ alone and with images, and ViLU-zero on the same images."""
+def gain_text(lines: Sequence[Line], baseline: str) -> str:
+    """Format how far ViLU+ with images is above a method in AUROC, in points."""
+    gain = mean(lines, "auroc", "vilu_plus_images") - mean(lines, "auroc", baseline)
+    return f"{gain:+.1f} {interval(lines, 'vilu_plus_images', baseline)}"
+
+
+def table_of_gains(cells: dict[Group, list[Line]]) -> None:
+    """Print the gain of ViLU+ by images, for every image count and label count."""
+    columns = []
+    for size in SIZES:
+        for n_labels in LABELS:
+            if any((group.size, group.n_labels) == (size, n_labels) for group in cells):
+                columns.append((size, n_labels))
+    titles = [f"{size_text(size)} images,<br>{labels_text(n)}" for size, n in columns]
+    print(f"| set | {' | '.join(titles)} |")
+    print("|---" * (len(titles) + 1) + "|")
+    for name in SETS:
+        entries = []
+        for column in columns:
+            lines = cells.get(Group(name, *column))
+            entries.append(gain_text(lines, "vilu_plus") if lines else "")
+        if any(entries):
+            print(f"| {name} | {' | '.join(entries)} |")
+
+
+def table_with_a_label(cells: dict[Group, list[Line]]) -> None:
+    """Print the methods' AUROC with all images, and one label per class."""
     print(
-        "| set | images a class | labels a class | read / wrong | MCM | ViLU-zero | ViLU+ alone "
-        "| before, with images | with images | over alone [95 %] | over ViLU-zero [95 %] |"
+        "| set | read / wrong | MCM | ViLU-zero | ViLU+ alone | with images "
+        "| over alone [95 %] | over ViLU-zero [95 %] |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for group, lines in cells.items():
-        if group.n_labels == WITHOUT_LABELS:
+        if (group.size, group.n_labels) != (0, 1):
             continue
-        values = {name: mean(lines, "auroc", name) for name in lines[0]["auroc"]}
-        images = values["vilu_plus_images"]
-        old = "–"
-        if group in before:
-            old = f"{mean(before[group], 'auroc', 'vilu_plus_images'):.1f}"
         counts = counts_text(lines)
         _, read_rows = counts.split(" | ")
         print(
-            f"| {group.name} | {size_text(group.size)} | {size_text(group.n_labels)} | {read_rows} "
-            f"| {values['mcm']:.1f} | {values['vilu_zero']:.1f} | {values['vilu_plus']:.1f} "
-            f"| {old} | {images:.1f} "
-            f"| {images - values['vilu_plus']:+.1f} "
-            f"{interval(lines, 'vilu_plus_images', 'vilu_plus')} "
-            f"| {images - values['vilu_zero']:+.1f} "
-            f"{interval(lines, 'vilu_plus_images', 'vilu_zero')} |"
+            f"| {group.name} | {read_rows} "
+            f"| {mean(lines, 'auroc', 'mcm'):.1f} | {mean(lines, 'auroc', 'vilu_zero'):.1f} "
+            f"| {mean(lines, 'auroc', 'vilu_plus'):.1f} "
+            f"| {mean(lines, 'auroc', 'vilu_plus_images'):.1f} "
+            f"| {gain_text(lines, 'vilu_plus')} | {gain_text(lines, 'vilu_zero')} |"
         )
 
 
@@ -163,7 +186,9 @@ def main() -> None:
     if False in labelled:
         table_without_labels(cells, before)
     if True in labelled:
-        table_with_labels(cells, before)
+        table_of_gains(cells)
+        print()
+        table_with_a_label(cells)
 
 
 if __name__ == "__main__":
