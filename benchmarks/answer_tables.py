@@ -44,6 +44,9 @@ MARK = "†"
 APART = "imagenet1k"
 """A set with training images. The tables have means with and without this set."""
 
+PROTOTYPES = ("proto_ucf101", "proto_dtd", "proto_oxfordpets")
+"""Sets whose texts are mean images."""
+
 COVERAGE = str(RISKS[0])  # the coverage at the smallest risk
 
 BASELINES = ("probe", *FEW_SHOT, "mix", "pool")
@@ -143,11 +146,13 @@ def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str,
     """Return table lines with coverage differences at 5 %: every set, then means."""
     without = [name for name in names if name != APART]
     not_in_view = [name for name in names if MARK not in TITLES[name]]
+    real_texts = [name for name in without if name not in PROTOTYPES]
     groups = [([name], TITLES[name]) for name in names]
     groups += [
         (list(names), "**mean**"),
         (without, "**mean without ImageNet**"),
         (not_in_view, f"**mean without sets with {MARK}**"),
+        (real_texts, "**mean with real texts, without ImageNet**"),
     ]
     titles = [title_of(n_labels) for n_labels in LABELS]
     heads = " | ".join(titles)

@@ -15,7 +15,8 @@ given number of labels per class (0: all labels). The tests are on the second ha
 - ``adapted_images``, ``chosen_images``: like ``adapted`` and ``chosen``, but the fit also gets the
   images of the first half, without labels.
 - ``probe``: the linear probe's answers, judged by the probe.
-- ``gda_and_zero_shot``, ``tip_adapter``: the method's own answers, judged by the method.
+- ``linear_probe_cv``, ``gda_and_zero_shot``, ``tip_adapter``: the method's own answers, judged by
+  the method.
 - ``mix``, ``pool``: logits and linear probe together, see ``benchmarks.mixes``.
 
 A *cell* is a set, a label count and a division. Every cell is a line of CELLS.jsonl. For every
@@ -60,6 +61,7 @@ ANSWERS = {
     "adapted_images": "adapted, ViLU+ with images",
     "chosen_images": "chosen, ViLU+ with images",
     "probe": "linear probe's own",
+    "linear_probe_cv": "`linear_probe_cv`, own",
     "gda_and_zero_shot": "`gda_and_zero_shot`, own",
     "tip_adapter": "`tip_adapter`, own",
     "mix": "mix of probabilities",
@@ -67,7 +69,7 @@ ANSWERS = {
 }
 """Maps a method to the name in the tables."""
 
-FEW_SHOT = ("gda_and_zero_shot", "tip_adapter")
+FEW_SHOT = ("linear_probe_cv", "gda_and_zero_shot", "tip_adapter")
 """Predictors in ``vilu_bench`` that are measured with their own answers."""
 
 RISKS = (0.05, 0.1, 0.2)
