@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.answer_summary import CHOICES, MEASURES, Notes, Reading, Summary, load
-from benchmarks.answers import ANSWERS, FEW_SHOT, LABELS, RISKS
+from benchmarks.answers import ANSWERS, BENCH_PREDICTORS, LABELS, RISKS
 from vilu.metrics.bootstrap import Quantity
 
 TITLES = {
@@ -49,7 +49,7 @@ PROTOTYPES = ("proto_ucf101", "proto_dtd", "proto_oxfordpets")
 
 COVERAGE = str(RISKS[0])  # the coverage at the smallest risk
 
-BASELINES = ("probe", *FEW_SHOT, "mix", "pool")
+BASELINES = ("probe", *BENCH_PREDICTORS, "mix", "pool")
 """Methods with which the adapted answers are compared."""
 
 BEST_BASELINE = "best_baseline"
@@ -147,12 +147,14 @@ def differences_table(readings: Readings, names: Sequence[str], pair: tuple[str,
     without = [name for name in names if name != APART]
     not_in_view = [name for name in names if MARK not in TITLES[name]]
     real_texts = [name for name in without if name not in PROTOTYPES]
+    without_cars = [name for name in real_texts if name != "cars_text"]
     groups = [([name], TITLES[name]) for name in names]
     groups += [
         (list(names), "**mean**"),
         (without, "**mean without ImageNet**"),
         (not_in_view, f"**mean without sets with {MARK}**"),
         (real_texts, "**mean with real texts, without ImageNet**"),
+        (without_cars, "**the same without cars**"),
     ]
     titles = [title_of(n_labels) for n_labels in LABELS]
     heads = " | ".join(titles)

@@ -69,7 +69,7 @@ ANSWERS = {
 }
 """Maps a method to the name in the tables."""
 
-FEW_SHOT = ("linear_probe_cv", "gda_and_zero_shot", "tip_adapter")
+BENCH_PREDICTORS = ("linear_probe_cv", "gda_and_zero_shot", "tip_adapter")
 """Predictors in ``vilu_bench`` that are measured with their own answers."""
 
 RISKS = (0.05, 0.1, 0.2)
@@ -174,7 +174,7 @@ def measure(
     judged["probe"] = outcomes_of(probe, new_data)
     judged |= judged_by_mixes(experts(probe, new_data), weights, arrays.target[new_rows])
     seconds |= {"probe": time_fitted - start, "mix": time_mixed - start, "pool": time_mixed - start}
-    for name in FEW_SHOT:
+    for name in BENCH_PREDICTORS:
         start = time.perf_counter()
         baseline = vilu.PREDICTORS[name](answer="adapted").fit(train)
         seconds[name] = time.perf_counter() - start

@@ -89,11 +89,16 @@ def labels_text(n_labels: int) -> str:
     return "1 label" if n_labels == 1 else f"{size_text(n_labels)} labels"
 
 
-def counts_text(lines: Sequence[Line]) -> str:
-    """Format the counts of images to fit on, candidates, test rows and wrong answers."""
+def fitted_text(lines: Sequence[Line]) -> str:
+    """Format the counts of images to fit on, and of candidates."""
     first = lines[0]
+    return f"{first['n_fitted']:,} / {first['n_candidates']}"
+
+
+def read_text(lines: Sequence[Line]) -> str:
+    """Format the counts of test rows, and of wrong answers."""
     n_wrong = np.mean([line["n_wrong"] for line in lines])
-    return f"{first['n_fitted']:,} / {first['n_candidates']} | {first['n_read']:,} / {n_wrong:.0f}"
+    return f"{lines[0]['n_read']:,} / {n_wrong:.0f}"
 
 
 def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, list[Line]]) -> None:
@@ -114,7 +119,7 @@ def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, lis
             old_auroc = f"{mean(before[group], 'auroc', 'vilu_zero'):.1f}"
             old_fpr = f"{mean(before[group], 'fpr95', 'vilu_zero'):.0f}"
         print(
-            f"| {group.name} | {size_text(group.size)} | {counts_text(lines)} "
+            f"| {group.name} | {size_text(group.size)} | {fitted_text(lines)} | {read_text(lines)} "
             f"| {mcm:.1f} | {old_auroc} "
             f"| {zero:.1f} | {zero - mcm:+.1f} {interval(lines, 'vilu_zero', 'mcm')} "
             f"| {mean(lines, 'fpr95', 'mcm'):.0f} | {old_fpr} "
@@ -130,7 +135,7 @@ def gain_text(lines: Sequence[Line], baseline: str) -> str:
 
 
 def table_of_gains(cells: dict[Group, list[Line]]) -> None:
-    """Print the gain of ViLU+ by images, for every image count and label count."""
+    """Print how far images lift ViLU+, for every image count and label count."""
     columns = []
     for size in SIZES:
         for n_labels in LABELS:
@@ -148,7 +153,7 @@ def table_of_gains(cells: dict[Group, list[Line]]) -> None:
             print(f"| {name} | {' | '.join(entries)} |")
 
 
-def table_with_a_label(cells: dict[Group, list[Line]]) -> None:
+def table_of_one_label(cells: dict[Group, list[Line]]) -> None:
     """Print the methods' AUROC with all images, and one label per class."""
     print(
         "| set | read / wrong | MCM | ViLU-zero | ViLU+ alone | with images "
@@ -158,10 +163,8 @@ def table_with_a_label(cells: dict[Group, list[Line]]) -> None:
     for group, lines in cells.items():
         if (group.size, group.n_labels) != (0, 1):
             continue
-        counts = counts_text(lines)
-        _, read_rows = counts.split(" | ")
         print(
-            f"| {group.name} | {read_rows} "
+            f"| {group.name} | {read_text(lines)} "
             f"| {mean(lines, 'auroc', 'mcm'):.1f} | {mean(lines, 'auroc', 'vilu_zero'):.1f} "
             f"| {mean(lines, 'auroc', 'vilu_plus'):.1f} "
             f"| {mean(lines, 'auroc', 'vilu_plus_images'):.1f} "
@@ -188,7 +191,7 @@ def main() -> None:
     if True in labelled:
         table_of_gains(cells)
         print()
-        table_with_a_label(cells)
+        table_of_one_label(cells)
 
 
 if __name__ == "__main__":

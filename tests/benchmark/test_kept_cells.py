@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from benchmarks import answer_summary, answer_tables
+from benchmarks import answer_summary, answer_tables, baseline_tables
 from benchmarks.answers import LABELS
 
 from tests.command import ROOT
@@ -104,6 +105,28 @@ def test_the_readme_has_the_best_baselines_and_the_lead() -> None:
         assert f"| {title} | {' | '.join(numbers)} |" in readme
 
 
+def test_the_readme_has_the_leads_in_auroc_and_which_are_within_chance() -> None:
+    cells = baseline_tables.Cells.read(ROOT / CELLS / "baselines.jsonl.xz")
+    names = cells.names()
+    keys = cells.common(names)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = " ".join(readme.split())  # the lines of the page end anywhere
+    groups = baseline_tables.groups_of(names)
+    for title in (
+        "all 9 sets",
+        "8 sets, without imagenet",
+        "3 not in view, without imagenet and cars",
+        "4 with real texts, without imagenet and cars",
+    ):
+        of_group = [key for key in keys if key[0] in groups[title]]
+        numbers = []
+        for n_labels in LABELS:
+            lead = baseline_tables.Lead.over_best(cells, n_labels, of_group)
+            mark = "" if lead.is_beyond_chance else "≈"
+            numbers.append(f"{mark}{lead.mean:.1f}".replace("-", "−"))
+        assert ", ".join(numbers) in words
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_that_of_its_kept_studies(tmp_path: Path, page: str) -> None:
     kept, preface, title = PAGES[page]
@@ -122,6 +145,38 @@ def values_in(file: Path) -> dict[tuple[str, ...], float]:
         for result in cell["results"]:
             values[(*names, result["answer"], result["metric"])] = result["value"]
     return values
+
+
+OTHER_DRAWS = {
+    "mean of eight sets": [],
+    "without ImageNet": ["imagenet1k"],
+    "four sets with real texts": ["imagenet1k", "proto_ucf101", "proto_dtd", "proto_oxfordpets"],
+}
+"""Maps groups of sets in a sentence on the page of real CLIP to the sets that they leave out."""
+
+
+def test_the_page_has_the_leads_of_its_studies_beside_those_of_the_baselines() -> None:
+    areas: dict[tuple[str, str, str], list[float]] = {}  # by set, setting and method
+    for (data, setting, method, *_, metric), value in values_in(
+        ROOT / CELLS / "clip.parquet"
+    ).items():
+        if metric == "auroc":
+            areas.setdefault((data, setting, method), []).append(100 * value)
+    all_names = sorted({name for name, _, _ in areas})
+    page = (ROOT / "docs" / "clip.md").read_text(encoding="utf-8")
+    words = " ".join(page.split())
+    for left_out in OTHER_DRAWS.values():
+        names = [name for name in all_names if name not in left_out]
+        leads = []
+        for setting in ("few_1", "few_5", "few_16", "all"):
+            means = {}
+            for method in ("vilu_plus", *baseline_tables.BASELINES):
+                of_sets = [np.mean(areas[name, setting, method]) for name in names]
+                means[method] = np.mean(of_sets)
+            best = max(means[method] for method in baseline_tables.BASELINES)
+            leads.append(f"{means['vilu_plus'] - best:.1f}".replace("-", "−"))
+        *first, last = leads
+        assert f"{', '.join(first)} and {last}" in words
 
 
 def test_two_runs_agree_on_the_values_that_both_have() -> None:

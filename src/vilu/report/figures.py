@@ -351,12 +351,11 @@ def _write_line_labels(
 ) -> None:
     """Write every line's label to the right of the plot, at the height where the line ends.
 
-    ``ends`` maps a label to the line's last point, as ``axis`` has it. Overlapping labels are moved
-    apart. A thin line leads from the last point to the label, because a line may end early.
+    ``ends`` maps a label to the line's last point (x and y in the units of ``axis``). Overlapping
+    labels are moved apart. A dotted line leads from the last point to the label: a line may end
+    early, and must not seem to go on.
     """
-    axis.set_xlim(axis.get_xlim())  # matplotlib must not change the limits any more
     bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top)
     heights = {label: (y - bottom) / (top - bottom) for label, (_, y) in ends.items()}
     spaced_heights = _spaced_heights(heights, LABEL_HEIGHT)
     for label, height in spaced_heights.items():
@@ -364,7 +363,8 @@ def _write_line_labels(
         leader = {
             "arrowstyle": "-",
             "color": colour,
-            "linewidth": 0.6,
+            "linewidth": 0.7,
+            "linestyle": (0, (1, 1.5)),  # a dot, then a gap of 1.5 line widths
             "relpos": (0, 0.5),  # it ends at the middle of the label's left edge
             "shrinkA": 0,
             "shrinkB": 0,
