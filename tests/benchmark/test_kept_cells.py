@@ -155,7 +155,7 @@ OTHER_DRAWS = {
 """Maps groups of sets in a sentence on the page of real CLIP to the sets that they leave out."""
 
 
-def test_the_page_has_the_leads_of_its_studies_beside_those_of_the_baselines() -> None:
+def test_the_page_has_the_leads_of_its_studies_too() -> None:
     areas: dict[tuple[str, str, str], list[float]] = {}  # by set, setting and method
     for (data, setting, method, *_, metric), value in values_in(
         ROOT / CELLS / "clip.parquet"
