@@ -190,8 +190,7 @@ def resampled_aurocs(
 def cells_in_order(names: Sequence[str], divisions: int, *, has_labels: bool) -> Iterator[Cell]:
     """Yield the cells in the order in which they are measured.
 
-    With ``has_labels``, cells have labels and all images. With one label per class there are also
-    cells with fewer images.
+    With ``has_labels``, cells have every label count that is possible with their images.
     """
     for division in range(divisions):
         for name in names:
@@ -199,11 +198,10 @@ def cells_in_order(names: Sequence[str], divisions: int, *, has_labels: bool) ->
                 if not has_labels:
                     yield Cell(name, size, WITHOUT_LABELS, division)
                     continue
-                budgets: tuple[int, ...] = LABELS
-                if size:
-                    budgets = LABELS[:1]
-                for n_labels in budgets:
-                    yield Cell(name, size, n_labels, division)
+                for n_labels in LABELS:
+                    is_possible = size == 0 or n_labels < size
+                    if is_possible:
+                        yield Cell(name, size, n_labels, division)
 
 
 def known_cells(file: Path) -> set[Cell]:
