@@ -79,14 +79,14 @@ def interval(lines: Sequence[Line], method: str, baseline: str) -> str:
     return f"[{low:+.1f}, {high:+.1f}]"
 
 
-def size_text(size: int) -> str:
+def count_text(size: int) -> str:
     """Return the text for a count per class."""
     return str(size) if size else "all"
 
 
 def labels_text(n_labels: int) -> str:
     """Return the text for a label count per class."""
-    return "1 label" if n_labels == 1 else f"{size_text(n_labels)} labels"
+    return "1 label" if n_labels == 1 else f"{count_text(n_labels)} labels"
 
 
 def fitted_text(lines: Sequence[Line]) -> str:
@@ -119,8 +119,8 @@ def table_without_labels(cells: dict[Group, list[Line]], before: dict[Group, lis
             old_auroc = f"{mean(before[group], 'auroc', 'vilu_zero'):.1f}"
             old_fpr = f"{mean(before[group], 'fpr95', 'vilu_zero'):.0f}"
         print(
-            f"| {group.name} | {size_text(group.size)} | {fitted_text(lines)} | {read_text(lines)} "
-            f"| {mcm:.1f} | {old_auroc} "
+            f"| {group.name} | {count_text(group.size)} | {fitted_text(lines)} "
+            f"| {read_text(lines)} | {mcm:.1f} | {old_auroc} "
             f"| {zero:.1f} | {zero - mcm:+.1f} {interval(lines, 'vilu_zero', 'mcm')} "
             f"| {mean(lines, 'fpr95', 'mcm'):.0f} | {old_fpr} "
             f"| {mean(lines, 'fpr95', 'vilu_zero'):.0f} "
@@ -141,7 +141,7 @@ def table_of_gains(cells: dict[Group, list[Line]]) -> None:
         for n_labels in LABELS:
             if any((group.size, group.n_labels) == (size, n_labels) for group in cells):
                 columns.append((size, n_labels))
-    titles = [f"{size_text(size)} images,<br>{labels_text(n)}" for size, n in columns]
+    titles = [f"{count_text(size)} images,<br>{labels_text(n)}" for size, n in columns]
     print(f"| set | {' | '.join(titles)} |")
     print("|---" * (len(titles) + 1) + "|")
     for name in SETS:

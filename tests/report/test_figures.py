@@ -100,7 +100,7 @@ def test_every_line_of_a_curve_has_its_label_at_its_end() -> None:
     assert sorted(heights, key=lambda name: heights[name]) == ["mcm", "vilu", "vilu_plus"]
     gaps = np.diff(sorted(heights.values()))
     assert (gaps > LABEL_HEIGHT - 1e-9).all()
-    # a thin line leads to a label from the line's last point
+    # a dotted line leads to a label from the line's last point
     assert all(text.arrow_patch is not None for text in axes.texts)
     ends = {text.get_text(): text.xy for text in axes.texts}
     assert {x for x, _ in ends.values()} == {16}

@@ -296,11 +296,11 @@ def draw_scatter(panels: Sequence[Panel], x_label: str, *, title: str = "") -> F
             last = int(np.argmax(line.x))
             ends[line.label] = (100 * line.x[last], 100 * line.y[last])
             if len(set(line.x)) > 1:
-                x = 100 * np.array([min(line.x), max(line.x)])
+                x = np.array([min(line.x), max(line.x)])
                 slope, offset = np.polyfit(line.x, line.y, deg=1)
-                y = slope * x + 100 * offset
-                axis.plot(x, y, color=line_style.colour, linestyle=line_style.dash)
-                ends[line.label] = (float(x[-1]), float(y[-1]))
+                y = slope * x + offset
+                axis.plot(100 * x, 100 * y, color=line_style.colour, linestyle=line_style.dash)
+                ends[line.label] = (100 * float(x[-1]), 100 * float(y[-1]))
         _write_line_labels(axis, ends, line_styles)
 
     return _curve_panels(panels, x_label, title, draw)

@@ -222,7 +222,7 @@ class FailurePredictor(ABC):
             # a form begins with the tensor name and a colon
             cls.tensors = tuple(form.split(":")[0] for form in forms)
         # __repr__ is set here, because the dataclass decorator would otherwise add a __repr__. A
-        # __repr__ defined in the class itself is kept. mypy does not allow to assign a method.
+        # __repr__ defined in the class itself is kept. mypy forbids assignments to a method.
         repr_of_class = vars(cls).get("__repr__", parameters.constructor_call)
         cls.__repr__ = repr_of_class  # type: ignore[method-assign]
 
